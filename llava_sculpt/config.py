@@ -1,0 +1,331 @@
+"""One run's configuration: typed fields, one YAML file, command-line overrides, and every mistake told at once."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import HfArgumentParser
+from transformers import TrainingArguments as HfTrainingArguments
+
+from llava_sculpt.errors import UserError
+
+METHODS = ("sculpt", "lora")
+CONNECTOR_MODES = ("full", "frozen", "lora", "sculpt")
+
+# Flags of LLaVA's own train.py that have no counterpart here, with the reason a pasted command should hear.
+LLAVA_ONLY_FLAGS = {
+    "lora_enable": "LoRA is always on",
+    "lazy_preprocess": "samples are always tokenised on demand",
+    "is_multimodal": "decided by the data",
+    "tune_mm_mlp_adapter": "use --connector full|frozen|lora|sculpt",
+    "freeze_mm_mlp_adapter": "use --connector frozen",
+    "freeze_backbone": "the base model is always frozen",
+    "pretrain_mm_mlp_adapter": "the base checkpoint already holds its connector",
+    "mm_projector_type": "read from the base checkpoint",
+    "mm_vision_select_layer": "read from the base checkpoint",
+    "mm_vision_select_feature": "read from the base checkpoint",
+    "mm_use_im_start_end": "LLaVA-1.5 does not use it",
+    "mm_use_im_patch_token": "LLaVA-1.5 does not use it",
+    "lora_bias": "LoRASculpt trains no biases",
+    "lora_weight_path": "continue a run through its --output_dir",
+    "evaluation_strategy": "run `llava-sculpt eval` afterwards",
+}
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str = field(
+        default="", metadata={"help": "Base model: a LLaVA-1.5 folder in Hugging Face layout, or its Hub id."}
+    )
+    version: str = field(
+        default="v1", metadata={"help": "Conversation template of LLaVA.", "choices": ["v1"]}
+    )
+    vision_tower: str | None = field(
+        default=None, metadata={"help": "CLIP folder that replaces the tower in the checkpoint (default: keep it)."}
+    )
+    bits: int = field(
+        default=16, metadata={"help": "Base weights: 16 (bf16/fp32), 8 or 4 (bitsandbytes).", "choices": [16, 8, 4]}
+    )
+    double_quant: bool = field(default=True, metadata={"help": "With --bits 4: quantise the scales too."})
+    quant_type: str = field(
+        default="nf4", metadata={"help": "With --bits 4: data type.", "choices": ["nf4", "fp4"]}
+    )
+    lora_r: int = field(default=32, metadata={"help": "LoRA rank r."})
+    lora_alpha: float | None = field(default=None, metadata={"help": "LoRA scale numerator (default: 2 r)."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the input of lora_A."})
+    connector: str = field(
+        default="full",
+        metadata={
+            "help": "Connector: full fine-tuning, frozen, LoRA, or LoRA with the L1 regularizer (sculpt).",
+            "choices": list(CONNECTOR_MODES),
+        },
+    )
+
+
+@dataclass
+class DataArguments:
+    data_path: str = field(default="", metadata={"help": "LLaVA training JSON."})
+    image_folder: str = field(default="", metadata={"help": "Folder the records' `image` paths start from."})
+    image_aspect_ratio: str = field(
+        default="pad", metadata={"help": "How images become square.", "choices": ["pad"]}
+    )
+
+
+@dataclass
+class SculptArguments:
+    method: str = field(
+        default="sculpt", metadata={"help": "LoRASculpt or plain LoRA.", "choices": list(METHODS)}
+    )
+    sculpt_density: float = field(
+        default=0.1, metadata={"help": "Fraction of entries kept in each lora_A and lora_B (the paper's s)."}
+    )
+    sculpt_warmup_steps: float = field(
+        default=100.0,
+        metadata={"help": "Optimizer steps before the masks are made; below 1 a fraction of training."},
+    )
+    sculpt_omega: float = field(default=1.0, metadata={"help": "Steepness of the retention mask (Eq. 7)."})
+    sculpt_alpha: float = field(default=1e-3, metadata={"help": "Weight of the LLM's regularizer (Eq. 9)."})
+    sculpt_beta: float = field(default=1e-5, metadata={"help": "Weight of the connector's regularizer (Eq. 11)."})
+    sculpt_reduction: str = field(
+        default="mean",
+        metadata={"help": "Regularizer over matrices: mean (release) or sum (paper).", "choices": ["mean", "sum"]},
+    )
+
+
+@dataclass
+class TrainingArguments(HfTrainingArguments):
+    """Hugging Face's training arguments with LLaVA's additions and this recipe's defaults."""
+
+    output_dir: str = field(default="", metadata={"help": "Folder of this run."})
+    model_max_length: int = field(
+        default=2048, metadata={"help": "Tokens per sample after the image is expanded; longer ones are cut."}
+    )
+    mm_projector_lr: float | None = field(
+        default=2e-5, metadata={"help": "Learning rate of the connector when it is fully fine-tuned."}
+    )
+    group_by_modality_length: bool = field(
+        default=True, metadata={"help": "Batches of one modality and similar length."}
+    )
+    learning_rate: float = field(default=2e-4, metadata={"help": "Learning rate of LoRA."})
+    num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the training data."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
+    warmup_steps: float = field(
+        default=0.03, metadata={"help": "Learning rate warm-up: steps, or a fraction of training below 1."}
+    )
+    optim: str = field(default="adamw_torch", metadata={"help": "Optimizer."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient clipping (also under DeepSpeed)."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
+    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator needs every field."})
+    include_num_input_tokens_seen: str = field(default="all", metadata={"help": "Count tokens for tokens/s."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
+
+
+@dataclass
+class Config:
+    """Everything one training run depends on."""
+
+    model: ModelArguments
+    data: DataArguments
+    sculpt: SculptArguments
+    training: TrainingArguments
+
+    @property
+    def lora_alpha(self) -> float:
+        """lora_alpha, by default 2 r (the release's choice)."""
+        return 2.0 * self.model.lora_r if self.model.lora_alpha is None else self.model.lora_alpha
+
+    def to_dict(self) -> dict[str, Any]:
+        """Flat, JSON-serialisable record of every field (run.json, model card)."""
+        flat: dict[str, Any] = {}
+        for part in (self.model, self.data, self.sculpt):
+            flat.update(dataclasses.asdict(part))
+        flat["lora_alpha"] = self.lora_alpha
+        return {**self.training.to_dict(), **flat}
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that decide the result: two runs that agree in them may continue each other."""
+        return {k: v for k, v in self.to_dict().items() if k not in _DOES_NOT_CHANGE_THE_RESULT}
+
+
+# Where a run is written, how it is watched and split over devices: free to change between a start and its resume.
+# (Paths too: the identity of a run holds the hashes of base and data instead.)
+_DOES_NOT_CHANGE_THE_RESULT = frozenset(
+    """
+    output_dir logging_dir run_name report_to logging_steps logging_strategy logging_first_step logging_nan_inf_filter
+    save_steps save_strategy save_total_limit disable_tqdm log_level log_level_replica log_on_each_node project
+    trackio_space_id trackio_bucket_id trackio_static_space_id local_rank ddp_timeout ddp_backend
+    dataloader_num_workers dataloader_prefetch_factor dataloader_pin_memory dataloader_persistent_workers
+    push_to_hub hub_model_id hub_token hub_strategy hub_private_repo hub_revision hub_always_push
+    per_device_train_batch_size gradient_accumulation_steps activation_checkpointing gradient_checkpointing
+    include_num_input_tokens_seen use_cpu deepspeed model_name_or_path data_path image_folder
+    """.split()
+)
+
+
+def _parser() -> HfArgumentParser:
+    parts: Any = (ModelArguments, DataArguments, SculptArguments, TrainingArguments)
+    return HfArgumentParser(parts, allow_abbrev=False, exit_on_error=False)
+
+
+def _read_yaml(path: Path, problems: list[str]) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        problems.append(f"--config {path}: no such file")
+        return {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        problems.append(f"--config {path}: not readable as YAML: {' '.join(str(error).split())}")
+        return {}
+    if not isinstance(values, dict):
+        problems.append(f"--config {path}: expected `key: value` lines at the top level")
+        return {}
+    return values
+
+
+def _read_command_line(argv: list[str], problems: list[str]) -> tuple[dict[str, Any], str | None]:
+    """`--key value`, `--key=value` and `--flag` -> ({key: value or list}, the --config path)."""
+    values: dict[str, Any] = {}
+    tokens = list(argv)
+    while tokens:
+        token = tokens.pop(0)
+        if not token.startswith("--"):
+            problems.append(f"command line: {token!r} does not belong to a flag (flags begin with --)")
+            continue
+        key, equals, inline = token[2:].partition("=")
+        given = [inline] if equals else []
+        while not equals and tokens and not tokens[0].startswith("--"):
+            given.append(tokens.pop(0))
+        # An underscore and a hyphen are the same letter, as in Hugging Face's scripts.
+        values[key.replace("-", "_")] = True if not given else given[0] if len(given) == 1 else given
+    values.pop("local_rank", None)  # the DeepSpeed launcher passes it; the environment variable says the same
+    config = values.pop("config", None)
+    return values, config
+
+
+def _convert(parser: HfArgumentParser, source: str, key: str, value: Any, problems: list[str]) -> dict[str, Any]:
+    """One value through the same argparse conversion wherever it comes from; {} and a problem if it does not fit."""
+    action = parser._option_string_actions.get(f"--{key}")
+    if action is None or key == "help":
+        reason = LLAVA_ONLY_FLAGS.get(key)
+        if reason is not None:
+            problems.append(f"{source}: {key} is not used here ({reason}); remove it")
+            return {}
+        known = [name[2:] for name in parser._option_string_actions if name.startswith("--")]
+        near = difflib.get_close_matches(key, known, n=1)
+        problems.append(f"{source}: unknown key {key}" + (f"; did you mean {near[0]}?" if near else ""))
+        return {}
+    if value is None:
+        return {key: None}
+    if isinstance(value, dict):
+        words = [json.dumps(value)]
+    elif isinstance(value, list):
+        words = [str(item) for item in value]
+    else:
+        words = [str(value)]
+    try:
+        parsed, _ = parser.parse_known_args([f"--{key}={words[0]}"] if len(words) == 1 else [f"--{key}", *words])
+    except (argparse.ArgumentError, ValueError, TypeError) as error:
+        message = error.message if isinstance(error, argparse.ArgumentError) else str(error)
+        problems.append(f"{source}: {key}: {message}")
+        return {}
+    return {key: getattr(parsed, key)}
+
+
+def parse_config(argv: list[str]) -> Config:
+    """Command line (`--config FILE.yaml` and overrides) -> validated configuration.
+
+    Raises:
+        UserError: one error listing every unknown key, wrong type and impossible value of file and command line.
+    """
+    problems: list[str] = []
+    overrides, config_file = _read_command_line(argv, problems)
+    from_file = _read_yaml(Path(config_file), problems) if config_file else {}
+    parser = _parser()
+    values: dict[str, Any] = {}
+    for source, given in ((str(config_file), from_file), ("command line", overrides)):
+        for key, value in given.items():
+            values.update(_convert(parser, source, str(key), value, problems))
+    values.setdefault("report_to", "none")
+
+    parts: list[Any] = []
+    for kind in (ModelArguments, DataArguments, SculptArguments):
+        names = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+        parts.append(kind(**{k: v for k, v in values.items() if k in names}))
+    model, data, sculpt = parts
+    problems += _impossible_values(model, data, sculpt, values)
+    training_values = {
+        k: v for k, v in values.items() if k in {f.name for f in dataclasses.fields(TrainingArguments)}
+    }
+    training = None
+    try:
+        # With an error already known its side effects (device set-up) are not wanted, its own checks are.
+        training = TrainingArguments(**training_values)
+    except (ValueError, TypeError, ImportError) as error:
+        problems.append(f"training arguments: {' '.join(str(error).split())}")
+    if problems or training is None:
+        raise UserError(problems)
+    return Config(model, data, sculpt, training)
+
+
+def _impossible_values(
+    model: ModelArguments, data: DataArguments, sculpt: SculptArguments, values: dict[str, Any]
+) -> list[str]:
+    problems = []
+    required = {
+        "model_name_or_path": model.model_name_or_path,
+        "data_path": data.data_path,
+        "image_folder": data.image_folder,
+        "output_dir": values.get("output_dir"),
+    }
+    problems += [f"{name}: required, give it in the YAML or as --{name}" for name, v in required.items() if not v]
+    if data.data_path and not os.path.isfile(data.data_path):
+        problems.append(f"data_path: no such file: {data.data_path}")
+    if data.image_folder and not os.path.isdir(data.image_folder):
+        problems.append(f"image_folder: no such folder: {data.image_folder}")
+    deepspeed = values.get("deepspeed")
+    if isinstance(deepspeed, str) and deepspeed.endswith(".json") and not os.path.isfile(deepspeed):
+        problems.append(f"deepspeed: no such file: {deepspeed}")
+    if model.lora_r < 1:
+        problems.append(f"lora_r: must be at least 1, got {model.lora_r}")
+    if model.lora_alpha is not None and model.lora_alpha <= 0:
+        problems.append(f"lora_alpha: must be above 0, got {model.lora_alpha}")
+    if not 0 <= model.lora_dropout < 1:
+        problems.append(f"lora_dropout: must be in [0, 1), got {model.lora_dropout}")
+    if not 0 < sculpt.sculpt_density <= 1:
+        problems.append(f"sculpt_density: must be in (0, 1], got {sculpt.sculpt_density}")
+    if not sculpt.sculpt_warmup_steps > 0:
+        problems.append(
+            f"sculpt_warmup_steps: must be above 0 (lora_B starts at zero and has no magnitudes), "
+            f"got {sculpt.sculpt_warmup_steps}"
+        )
+    elif sculpt.sculpt_warmup_steps > 1 and sculpt.sculpt_warmup_steps % 1:
+        problems.append(f"sculpt_warmup_steps: whole steps, or a fraction below 1; got {sculpt.sculpt_warmup_steps}")
+    if not sculpt.sculpt_omega > 0:
+        problems.append(f"sculpt_omega: must be above 0, got {sculpt.sculpt_omega}")
+    for name in ("sculpt_alpha", "sculpt_beta"):
+        if not getattr(sculpt, name) >= 0:
+            problems.append(f"{name}: must not be negative, got {getattr(sculpt, name)}")
+    if sculpt.method == "lora" and model.connector == "sculpt":
+        problems.append("connector: sculpt needs method: sculpt (use connector: lora)")
+    for name in ("learning_rate", "mm_projector_lr", "num_train_epochs"):
+        value = values.get(name)
+        if value is not None and not value > 0:
+            problems.append(f"{name}: must be above 0, got {value}")
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "model_max_length"):
+        value = values.get(name)
+        if value is not None and value < 1:
+            problems.append(f"{name}: must be at least 1, got {value}")
+    return problems

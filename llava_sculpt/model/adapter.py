@@ -1,0 +1,122 @@
+"""What a run leaves on disk: a stock PEFT folder, the trained connector, the masks. Saved whole, loaded strictly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from llava_sculpt.errors import UserError
+from llava_sculpt.model.checkpoint import BaseCheckpoint
+from llava_sculpt.model.lora import connector_weights, lora_pairs
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILE = "adapter_model.safetensors"
+CONNECTOR_FILE = "connector.safetensors"
+MASKS_FILE = "sculpt_masks.safetensors"
+RUN_FILE = "run.json"
+
+
+def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The trained tensors by parameter name (LoRA and, when it trains, the connector): what a checkpoint must hold."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def save_adapter(model: PeftModel, folder: Path, state: dict[str, torch.Tensor], base_name: str) -> None:
+    """Write adapter_config.json, adapter_model.safetensors and, if it was trained, connector.safetensors.
+
+    Args:
+        state: full tensors by parameter name, as `trainable_state` gives them (gathered, under ZeRO).
+        base_name: the base checkpoint, recorded for PEFT.
+    """
+    model.peft_config["default"].base_model_name_or_path = base_name
+    lora = {name: tensor.cpu() for name, tensor in state.items() if "lora_" in name}
+    connector = {
+        name.removeprefix("base_model.model."): tensor.cpu().contiguous()
+        for name, tensor in state.items()
+        if "lora_" not in name
+    }
+    # No look at the embeddings: they are not trained, and the look would ask the Hub for the base model.
+    model.save_pretrained(str(folder), state_dict=lora, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours is written when the run ends
+    if connector:
+        save_file(connector, str(folder / CONNECTOR_FILE), metadata={"format": "pt"})
+
+
+def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """Read one safetensors file.
+
+    Raises:
+        UserError: missing, truncated or damaged.
+    """
+    try:
+        return load_file(str(file))
+    except FileNotFoundError as error:
+        raise UserError(f"{file}: missing") from error
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: truncated or damaged ({error})") from error
+
+
+def load_connector(model: nn.Module, folder: Path) -> None:
+    """Put connector.safetensors of a run or checkpoint into the model, if the connector was trained.
+
+    Raises:
+        UserError: names or shapes that do not fit.
+    """
+    file = folder / CONNECTOR_FILE
+    if not file.exists():
+        return
+    saved, own = read_tensors(file), connector_weights(model)
+    if {k: tuple(v.shape) for k, v in saved.items()} != {k: tuple(v.shape) for k, v in own.items()}:
+        raise UserError(f"{file}: does not fit the base model's connector (other names or shapes)")
+    with torch.no_grad():
+        for name, tensor in saved.items():
+            own[name].copy_(tensor)
+
+
+def load_adapter(model: nn.Module, folder: Path, checkpoint: BaseCheckpoint) -> PeftModel:
+    """Attach a saved adapter and connector to its base model, strictly.
+
+    Raises:
+        UserError: another base than the one trained on, missing or unexpected tensors, wrong shapes.
+    """
+    run = read_run(folder)
+    trained_on = run.get("base", {}).get("fingerprint")
+    if trained_on is not None and trained_on != checkpoint.fingerprint():
+        raise UserError(
+            f"{folder}: was trained on another base than {checkpoint.path} "
+            f"(recorded: {run['base'].get('path')}); give the right one with --base"
+        )
+    saved = read_tensors(folder / ADAPTER_FILE)
+    try:
+        peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{folder}: does not fit {checkpoint.path}: {str(error).splitlines()[0]}") from error
+    own = {key: p for pair in lora_pairs(peft_model) for key, p in pair.parameters()}
+    # PEFT only warns about keys it could not place, and such an adapter is silently a no-op.
+    if own.keys() != saved.keys():
+        odd = sorted(own.keys() ^ saved.keys())
+        raise UserError(f"{folder / ADAPTER_FILE}: {len(odd)} tensors do not match the model, such as {odd[0]}")
+    load_connector(peft_model, folder)
+    return peft_model
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """run.json of a folder, {} where there is none.
+
+    Raises:
+        UserError: not JSON.
+    """
+    file = folder / RUN_FILE
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UserError(f"{file}: not readable as JSON: {error}") from error

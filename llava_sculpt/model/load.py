@@ -1,0 +1,116 @@
+"""Loading: the base model for training, and anything a run leaves behind for inference."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import LlavaForConditionalGeneration
+
+from llava_sculpt.data.images import ImagePreprocessor
+from llava_sculpt.data.tokenizer import LlavaTokenizer
+from llava_sculpt.errors import UserError
+from llava_sculpt.model.adapter import ADAPTER_CONFIG, RUN_FILE, load_adapter
+from llava_sculpt.model.checkpoint import BaseCheckpoint, find_base_checkpoint
+
+
+def load_base(
+    checkpoint: BaseCheckpoint,
+    dtype: torch.dtype,
+    *,
+    bits: int = 16,
+    double_quant: bool = True,
+    quant_type: str = "nf4",
+    vision_tower: str | None = None,
+) -> LlavaForConditionalGeneration:
+    """The frozen base model in `dtype`, with 8- or 4-bit LLM weights if asked (tower, connector, lm_head are not).
+
+    Args:
+        vision_tower: CLIP folder whose weights replace the checkpoint's tower.
+
+    Raises:
+        UserError: bitsandbytes missing, or a tower of another shape.
+    """
+    options: dict[str, object] = {}
+    if bits != 16:
+        options["quantization_config"] = _quantization(bits, dtype, double_quant, quant_type)
+    model = LlavaForConditionalGeneration.from_pretrained(
+        checkpoint.path, dtype=dtype, local_files_only=True, attn_implementation="sdpa", **options
+    )
+    if vision_tower is not None:
+        _replace_tower(model, vision_tower)
+    return model.requires_grad_(False)
+
+
+def _quantization(bits: int, dtype: torch.dtype, double_quant: bool, quant_type: str) -> object:
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"bits: {bits} needs bitsandbytes: pip install 'llava-sculpt[bitsandbytes]'") from error
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_8bit=bits == 8,
+        load_in_4bit=bits == 4,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_quant_type=quant_type,
+        # Plain module names are matched against the full path and would skip nothing: these are patterns.
+        llm_int8_skip_modules=[".*multi_modal_projector", ".*vision_tower", "lm_head"],
+    )
+
+
+def _replace_tower(model: LlavaForConditionalGeneration, folder: str) -> None:
+    from transformers import CLIPVisionModel
+
+    try:
+        tower = CLIPVisionModel.from_pretrained(folder)
+        model.model.vision_tower.load_state_dict(tower.state_dict())
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"vision_tower: {folder} does not fit the checkpoint's tower ({reason})") from error
+
+
+@dataclass(frozen=True)
+class Inference:
+    """A model ready to answer, with what turns text and images into its inputs."""
+
+    model: nn.Module
+    tokenizer: LlavaTokenizer
+    preprocessor: ImagePreprocessor
+    checkpoint: BaseCheckpoint
+
+
+def load_for_inference(path: str, *, base: str | None = None, dtype: torch.dtype | None = None) -> Inference:
+    """Load a base model, an adapter folder (with its connector), or a merged model.
+
+    Args:
+        path: folder or Hub id; a folder with adapter_config.json is an adapter.
+        base: base checkpoint to use instead of the one the adapter names.
+        dtype: default bfloat16 on a GPU, float32 on a CPU.
+
+    Raises:
+        UserError: what is missing or does not fit, before any weight is loaded.
+    """
+    dtype = dtype or (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+    folder = Path(path)
+    is_adapter = (folder / ADAPTER_CONFIG).is_file()
+    if not is_adapter and (folder / RUN_FILE).is_file():
+        raise UserError(f"{path}: this run has not finished: run the same training command again to continue it")
+    if is_adapter:
+        named = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        checkpoint = find_base_checkpoint(base or named)
+    else:
+        checkpoint = find_base_checkpoint(path)
+    model: nn.Module = load_base(checkpoint, dtype)
+    if is_adapter:
+        model = load_adapter(model, folder, checkpoint)
+    model.eval()
+    if torch.cuda.is_available():
+        model.to("cuda")
+    return Inference(
+        model, LlavaTokenizer.from_dir(checkpoint.path), ImagePreprocessor.from_dir(checkpoint.path), checkpoint
+    )

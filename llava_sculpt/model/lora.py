@@ -1,0 +1,109 @@
+"""LoRA on the LLM's linear layers, the connector's four modes, and the (A, B, W) triples the method works on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_bnb_weight
+from torch import nn
+
+# Anchored to the LLM: CLIP has q_proj, k_proj and v_proj too.
+LLM_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+CONNECTOR_TARGETS = r".*multi_modal_projector\.linear_[12]"
+CONNECTOR = "multi_modal_projector"
+ADAPTER = "default"
+
+_REGULARIZED_LLM = re.compile(r".*language_model.*\.(q_proj|k_proj|v_proj)")
+
+
+@dataclass(frozen=True)
+class LoraPair:
+    """One adapted linear layer, as the method sees it.
+
+    Attributes:
+        name: module path inside the PEFT model.
+        lora_A: parameter (r, q). lora_B: parameter (p, r).
+        layer: the PEFT layer that holds them and the frozen weight W (p, q).
+    """
+
+    name: str
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    layer: LoraLayer
+
+    @property
+    def in_connector(self) -> bool:
+        return CONNECTOR in self.name
+
+    @property
+    def is_regularized(self) -> bool:
+        """Eq. 8 acts on W_Q, W_K, W_V of the LLM, Eq. 10 on every LoRA matrix of the connector."""
+        return self.in_connector or _REGULARIZED_LLM.fullmatch(self.name) is not None
+
+    def weight(self) -> torch.Tensor:
+        """The frozen W (p, q); a 4- or 8-bit weight is dequantised into a temporary."""
+        base = self.layer.get_base_layer()
+        weight = base.weight
+        if type(weight).__name__ in ("Params4bit", "Int8Params"):
+            return dequantize_bnb_weight(weight, state=getattr(base, "state", None))
+        return weight
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(key in adapter_model.safetensors, parameter) of A, then of B."""
+        yield f"{self.name}.lora_A.weight", self.lora_A
+        yield f"{self.name}.lora_B.weight", self.lora_B
+
+
+def inject_lora(model: nn.Module, *, r: int, lora_alpha: float, dropout: float, connector: str) -> PeftModel:
+    """Wrap a frozen base model in LoRA (Eq. 1) and set what of the connector trains.
+
+    Args:
+        model: LlavaForConditionalGeneration with all parameters frozen.
+        connector: full (its own weights train), frozen, lora or sculpt (both: LoRA on its two linear layers).
+
+    Returns:
+        PEFT model; LoRA and, with `full`, the connector's weights are float32 and trainable, nothing else is.
+    """
+    with_connector = connector in ("lora", "sculpt")
+    config = LoraConfig(
+        r=r,
+        lora_alpha=lora_alpha,  # type: ignore[arg-type]  # a float is fine, the annotation is narrower
+        lora_dropout=dropout,
+        target_modules=f"({LLM_TARGETS})|({CONNECTOR_TARGETS})" if with_connector else LLM_TARGETS,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    peft_model = get_peft_model(model, config)
+    if connector == "full":
+        for parameter in connector_module(peft_model).parameters():
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+    return peft_model
+
+
+def connector_module(model: nn.Module) -> nn.Module:
+    """The connector (two-layer MLP) inside a base or PEFT model."""
+    return next(module for name, module in model.named_modules() if name.endswith(CONNECTOR))
+
+
+def connector_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The connector's own weights by their names in the base model (`model.multi_modal_projector.linear_1.weight`)."""
+    return {
+        f"model.{CONNECTOR}.{name}": parameter
+        for name, parameter in connector_module(model).named_parameters()
+        if "lora_" not in name
+    }
+
+
+def lora_pairs(model: nn.Module) -> list[LoraPair]:
+    """Every adapted layer, in module order (the same on every rank)."""
+    return [
+        LoraPair(name, module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight, module)
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and ADAPTER in module.lora_A
+    ]

@@ -1,0 +1,143 @@
+"""A run on disk: run.json says what it is, checkpoints are complete or not there, and a folder holds one run only."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+import llava_sculpt
+from llava_sculpt.errors import UserError
+from llava_sculpt.model.adapter import RUN_FILE, read_run
+
+SAVING = ".saving"  # where a checkpoint is written before it is published
+COMPLETE = "complete.json"  # written last: names and sizes of everything in the checkpoint
+
+_PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "deepspeed", "bitsandbytes")
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write JSON so that the file is never seen half written."""
+    aside = file.with_name(file.name + ".tmp")
+    aside.write_text(json.dumps(value, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
+    os.replace(aside, file)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what results depend on, and the git commit of this repository if it is one."""
+    found = {"llava_sculpt": llava_sculpt.__version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    commit = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    if commit.returncode == 0:
+        found["git_commit"] = commit.stdout.strip()
+    return found
+
+
+def file_sha256(path: str | Path) -> str:
+    """sha256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def publish_checkpoint(output_dir: Path, step: int, keep: int | None) -> None:
+    """Move the checkpoint of `step` from `.saving` to its place in one rename, then drop the oldest beyond `keep`."""
+    name = f"{PREFIX_CHECKPOINT_DIR}-{step}"
+    aside, target = output_dir / SAVING / name, output_dir / name
+    sizes = {str(f.relative_to(aside)): f.stat().st_size for f in sorted(aside.rglob("*")) if f.is_file()}
+    write_json(aside / COMPLETE, sizes)
+    if target.exists():  # a damaged one that a resume has passed over
+        shutil.rmtree(target)
+    os.replace(aside, target)
+    aside.parent.rmdir()
+    if keep is not None and keep > 0:
+        for old in checkpoints(output_dir)[:-keep]:
+            shutil.rmtree(old)
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Published checkpoints, oldest first."""
+    found = [p for p in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if p.name.rpartition("-")[2].isdigit()]
+    return sorted(found, key=checkpoint_step)
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """The number of finished optimizer steps in a checkpoint, from its folder's name."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def last_checkpoint(output_dir: Path) -> Path | None:
+    """The newest checkpoint to continue from, None if there is none yet.
+
+    Raises:
+        UserError: it was changed after it was written (files missing or of other size).
+    """
+    found = checkpoints(output_dir)
+    if not found:
+        return None
+    newest = found[-1]
+    marker = newest / COMPLETE
+    if not marker.is_file():
+        raise UserError(f"{newest}: not a complete checkpoint ({COMPLETE} is missing); delete the folder")
+    expected = json.loads(marker.read_text(encoding="utf-8"))
+    wrong = [n for n, size in expected.items() if not (newest / n).is_file() or (newest / n).stat().st_size != size]
+    if wrong:
+        raise UserError(
+            f"{newest}: damaged: {', '.join(wrong)} missing or truncated since it was written; "
+            "delete the folder to continue from an earlier state"
+        )
+    return newest
+
+
+def open_run(output_dir: Path, record: dict[str, Any]) -> str:
+    """Claim a folder for a run.
+
+    Args:
+        record: first content of run.json; `record["identity"]` holds, flat, everything that decides the result.
+
+    Returns:
+        "new", "unfinished" (the same run: continue it) or "finished" (the same run, done).
+
+    Raises:
+        UserError: the folder holds another run or other files, or cannot be written.
+    """
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        probe = output_dir / SAVING
+        probe.mkdir(exist_ok=True)
+        shutil.rmtree(probe)  # with it whatever a kill left there
+    except OSError as error:
+        raise UserError(f"output_dir: cannot write in {output_dir}: {error.strerror}") from error
+    earlier = read_run(output_dir)
+    if not earlier:
+        if any(output_dir.iterdir()):
+            raise UserError(f"output_dir: {output_dir} is not empty and holds no run; choose another folder")
+        write_json(output_dir / RUN_FILE, {**record, "status": "running"})
+        return "new"
+    there, here = earlier.get("identity", {}), json.loads(json.dumps(record["identity"], default=str))
+    differences = [
+        f"{key}: {there.get(key)} there, {here.get(key)} now"
+        for key in sorted(there.keys() | here.keys())
+        if there.get(key) != here.get(key)
+    ]
+    if differences:
+        raise UserError(
+            f"output_dir: {output_dir} holds another run ({'; '.join(differences[:6])}); choose another folder"
+        )
+    return "finished" if earlier.get("status") == "finished" else "unfinished"

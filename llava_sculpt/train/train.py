@@ -1,0 +1,243 @@
+"""Fine-tune LLaVA-1.5 with LoRASculpt or LoRA. The same file runs under three launchers:
+
+    python -m llava_sculpt.train.train --config configs/tiny/iconqa_sculpt.yaml
+    torchrun --nproc_per_node 4 llava_sculpt/train/train.py --config configs/iconqa_sculpt.yaml
+    deepspeed --num_gpus 4 llava_sculpt/train/train.py --config configs/iconqa_sculpt.yaml
+
+Flags carry LLaVA's names where LLaVA has them; those of the method begin with --sculpt_. Any flag overrides the YAML.
+An interrupted run continues when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, set_seed
+from transformers import TrainingArguments as HfTrainingArguments
+
+from llava_sculpt.config import Config, parse_config
+from llava_sculpt.data.collator import TrainCollator
+from llava_sculpt.data.dataset import LlavaDataset, validate_dataset
+from llava_sculpt.data.images import ImagePreprocessor
+from llava_sculpt.data.tokenizer import LlavaTokenizer
+from llava_sculpt.errors import UserError
+from llava_sculpt.model.adapter import ADAPTER_FILE, RUN_FILE, read_run, read_tensors
+from llava_sculpt.model.checkpoint import BaseCheckpoint, find_base_checkpoint
+from llava_sculpt.model.load import load_base
+from llava_sculpt.model.lora import inject_lora
+from llava_sculpt.sculpt import SculptSchedule
+from llava_sculpt.train.callback import check_masks
+from llava_sculpt.train.runs import checkpoint_step, file_sha256, last_checkpoint, open_run, versions, write_json
+from llava_sculpt.train.trainer import LLaVASculptTrainer, LLaVATrainer
+
+INTERRUPTED = 130  # the shell's exit code for ctrl-C
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one training; returns the exit code (0 done, 2 bad input, 130 interrupted)."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        return train(parse_config(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        return 2
+
+
+def train(config: Config) -> int:
+    """Check everything, then load, train and save. See `main` for the exit code.
+
+    Raises:
+        UserError: bad configuration, data, checkpoint or output folder; nothing has been written over.
+    """
+    checkpoint = find_base_checkpoint(config.model.model_name_or_path)
+    validate_dataset(config.data.data_path, config.data.image_folder)
+    dataset = LlavaDataset(
+        config.data.data_path,
+        config.data.image_folder,
+        LlavaTokenizer.from_dir(checkpoint.path),
+        ImagePreprocessor.from_dir(checkpoint.path),
+        config.training.model_max_length,
+        checkpoint.image_tokens,
+    )
+    steps = optimizer_steps(config, len(dataset))
+    _check_against_data(config, checkpoint, steps)
+
+    output_dir = Path(config.training.output_dir)
+    record = _describe(config, checkpoint, len(dataset), steps)
+    with config.training.main_process_first(desc="claiming the output folder"):
+        state = open_run(output_dir, record) if config.training.should_save else "new"
+    if config.training.world_size > 1:
+        state = read_run(output_dir).get("status", state)
+    if state == "finished":
+        print(f"{output_dir}: this run is already finished")
+        return 0
+    resume_from = last_checkpoint(output_dir)
+    if resume_from is not None:
+        _check_resume(config, resume_from, steps)
+
+    trainer = build_trainer(config, checkpoint, dataset)
+    interruption = _StopOnSignal() if config.training.world_size == 1 else None
+    if interruption is not None:
+        trainer.add_callback(interruption)
+    trainer.add_callback(_SayEngine(trainer))
+    started = time.time()
+    result = trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+    if interruption is not None and interruption.received:
+        print(f"\n{output_dir}: stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; "
+              "give the same command again to continue", file=sys.stderr)
+        return INTERRUPTED
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        earlier = read_run(output_dir)
+        write_json(
+            output_dir / RUN_FILE,
+            {
+                **record,
+                "status": "finished",
+                "engine": type(trainer.model_wrapped).__name__,
+                "train_seconds": round(earlier.get("train_seconds", 0.0) + time.time() - started, 1),
+                "train_loss": result.training_loss,
+                "peak_memory_bytes": peak_memory(),
+            },
+        )
+    return 0
+
+
+def optimizer_steps(config: Config, samples: int) -> int:
+    """Optimizer steps of the whole run, by the Trainer's own rule (partial batches and partial steps count)."""
+    arguments = config.training
+    if arguments.max_steps > 0:
+        return arguments.max_steps
+    per_process = math.ceil(samples / arguments.world_size)
+    batches = math.ceil(per_process / arguments.per_device_train_batch_size)
+    per_epoch = math.ceil(batches / arguments.gradient_accumulation_steps)
+    return math.ceil(arguments.num_train_epochs * per_epoch)
+
+
+def _check_against_data(config: Config, checkpoint: BaseCheckpoint, steps: int) -> None:
+    problems = []
+    if config.model.lora_r > checkpoint.smallest_dimension:
+        problems.append(
+            f"lora_r: {config.model.lora_r} is above the smallest dimension of the adapted matrices "
+            f"({checkpoint.smallest_dimension})"
+        )
+    if config.sculpt.method == "sculpt":
+        try:
+            SculptSchedule(config.sculpt.sculpt_warmup_steps, steps)
+        except ValueError as error:
+            problems.append(f"sculpt_warmup_steps: {error}")
+    if problems:
+        raise UserError(problems)
+
+
+def _check_resume(config: Config, checkpoint: Path, steps: int) -> None:
+    read_tensors(checkpoint / ADAPTER_FILE)
+    if config.sculpt.method == "sculpt":
+        schedule = SculptSchedule(config.sculpt.sculpt_warmup_steps, steps)
+        check_masks(checkpoint, checkpoint_step(checkpoint), schedule, config.sculpt.sculpt_density)
+
+
+def _describe(config: Config, checkpoint: BaseCheckpoint, samples: int, steps: int) -> dict[str, Any]:
+    base = {"path": config.model.model_name_or_path, "fingerprint": checkpoint.fingerprint()}
+    data = {"path": config.data.data_path, "samples": samples, "sha256": file_sha256(config.data.data_path)}
+    arguments = config.training
+    batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    return {
+        "identity": {
+            **config.identity(),
+            "base": base["fingerprint"],
+            "data": data["sha256"],
+            "global_batch_size": batch,
+        },
+        "config": config.to_dict(),
+        "base": base,
+        "data": data,
+        "steps": steps,
+        "global_batch_size": batch,
+        "world_size": arguments.world_size,
+        "seed": arguments.seed,
+        "versions": versions(),
+    }
+
+
+def build_trainer(config: Config, checkpoint: BaseCheckpoint, dataset: LlavaDataset) -> LLaVATrainer:
+    """Load the base model, attach LoRA and return the Trainer of the configured method."""
+    arguments, model_arguments = config.training, config.model
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
+    model = load_base(
+        checkpoint,
+        dtype,
+        bits=model_arguments.bits,
+        double_quant=model_arguments.double_quant,
+        quant_type=model_arguments.quant_type,
+        vision_tower=model_arguments.vision_tower,
+    )
+    # Before LoRA's random start: the original seeds after it, and no run can be repeated.
+    set_seed(arguments.seed)
+    peft_model = inject_lora(
+        model,
+        r=model_arguments.lora_r,
+        lora_alpha=config.lora_alpha,
+        dropout=model_arguments.lora_dropout,
+        connector=model_arguments.connector,
+    )
+    collator = TrainCollator(
+        checkpoint.pad_token_id, checkpoint.image_token_id, checkpoint.image_tokens, arguments.model_max_length
+    )
+    trainer_class = LLaVASculptTrainer if config.sculpt.method == "sculpt" else LLaVATrainer
+    return trainer_class(peft_model, config, dataset, collator)
+
+
+def peak_memory() -> int:
+    """Peak bytes of this process: allocated on the GPU if there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class _StopOnSignal(TrainerCallback):
+    """The first ctrl-C (or TERM) ends the current step, saves a checkpoint and stops; the second ends at once."""
+
+    def __init__(self) -> None:
+        self.received = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self.received:
+            raise KeyboardInterrupt
+        self.received = True
+        print("\nstopping after this step (again: at once)", file=sys.stderr)
+
+    def on_step_end(
+        self, args: HfTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.received and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
+
+
+class _SayEngine(TrainerCallback):
+    def __init__(self, trainer: LLaVATrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: HfTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.trainer.is_world_process_zero():
+            engine = type(self.trainer.model_wrapped).__name__
+            print(f"engine: {engine}, {args.world_size} process(es), device {args.device}, {state.max_steps} steps")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,236 @@
+"""LLaVATrainer: what LLaVA needs of a Trainer. LLaVASculptTrainer: the loss term and the callback of LoRASculpt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from torch import nn
+from torch.utils.data import Sampler
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainingArguments as HfTrainingArguments
+
+from llava_sculpt.config import Config
+from llava_sculpt.data.sampler import ModalityLengthSampler
+from llava_sculpt.errors import UserError
+from llava_sculpt.model.adapter import load_connector, save_adapter
+from llava_sculpt.model.lora import CONNECTOR, lora_pairs
+from llava_sculpt.train.callback import SculptCallback
+from llava_sculpt.train.console import ConsoleCallback
+from llava_sculpt.train.regularizer import ConflictRegularizer
+from llava_sculpt.train.runs import SAVING, publish_checkpoint
+from llava_sculpt.train.zero import gather_working_copies
+
+
+class LLaVATrainer(Trainer):
+    """The Trainer for LoRA on LLaVA.
+
+    Adds to Hugging Face's: a learning rate of its own for the connector, LLaVA's sampler by modality and length, the
+    connector in every checkpoint, checkpoints that are complete or not there, and the logs of docs/method.md.
+
+    Args:
+        model: PEFT model from `inject_lora`.
+        config: the run.
+        train_dataset: `LlavaDataset`.
+        data_collator: `TrainCollator`.
+    """
+
+    model: PeftModel
+
+    def __init__(self, model: PeftModel, config: Config, train_dataset: Any, data_collator: Any) -> None:
+        self.config = config
+        self._sampler: ModalityLengthSampler | None = None
+        self._task_loss = 0.0
+        self._task_loss_since = 0
+        self._lrs: dict[str, float] = {}
+        self._aside = False
+        super().__init__(model, config.training, data_collator=data_collator, train_dataset=train_dataset)
+        self.add_callback(_StepFacts(self))
+        self.remove_callback(ProgressCallback)
+        self.remove_callback(PrinterCallback)
+        self.add_callback(ConsoleCallback())
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        if not self.config.training.group_by_modality_length:
+            return super()._get_train_sampler(train_dataset)
+        self._sampler = ModalityLengthSampler(
+            self.train_dataset.modality_lengths,
+            self.args.train_batch_size * self.args.gradient_accumulation_steps,
+            self.args.world_size,
+            self.args.seed,
+        )
+        return self._sampler
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """One named group per learning rate and weight decay; an empty group is never made.
+
+        (The original makes four groups whatever is in them; DeepSpeed drops the empty ones after the scheduler has
+        recorded four base rates, and the connector then trains with LoRA's.)
+        """
+        if self.optimizer is not None:
+            return self.optimizer
+        decayed = set(self.get_decay_parameter_names(self.model))
+        connector_lr = self.config.training.mm_projector_lr
+        groups: dict[tuple[str, bool], dict[str, Any]] = {}
+        for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            # The connector's own weights; LoRA on the connector is LoRA.
+            kind = "connector" if CONNECTOR in name and "lora_" not in name else "lora"
+            lr = connector_lr if kind == "connector" and connector_lr is not None else self.args.learning_rate
+            group = groups.setdefault(
+                (kind, name in decayed),
+                {
+                    "params": [],
+                    "name": kind,
+                    "lr": lr,
+                    "weight_decay": self.args.weight_decay if name in decayed else 0.0,
+                },
+            )
+            group["params"].append(parameter)
+        optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        # LoRA first: the Trainer logs the first group's rate as the learning rate.
+        self.optimizer = optimizer_class([groups[key] for key in sorted(groups, reverse=True)], **options)
+        return self.optimizer
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = result[0] if return_outputs else result
+        self._task_loss = self._task_loss + loss.detach()
+        return result
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the task loss and the learning rate of each group to what the Trainer logs."""
+        steps = self.state.global_step - self._task_loss_since
+        if "loss" in logs and steps > 0:
+            task_loss = torch.as_tensor(self._task_loss, device=self.args.device).reshape(1)
+            logs["task_loss"] = self.accelerator.gather(task_loss).mean().item() / steps
+            logs.update({f"lr_{name}": lr for name, lr in self._lrs.items()})
+            self._task_loss, self._task_loss_since = 0.0, self.state.global_step
+        super().log(logs, start_time)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save what was trained (never the frozen model, which the Trainer would gather under DeepSpeed)."""
+        state = gather_working_copies((n, p) for n, p in self.model.named_parameters() if p.requires_grad)
+        if self.args.should_save:
+            self._save(output_dir, state)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        assert state_dict is not None
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_adapter(self.model, folder, state_dict, self.config.model.model_name_or_path)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write the checkpoint aside, then publish it in one rename: a kill leaves it whole or not there.
+
+        Raises:
+            UserError: it could not be written (disk full, no permission); earlier checkpoints are untouched.
+        """
+        self._aside = True
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                publish_checkpoint(Path(self.args.output_dir), self.state.global_step, self.args.save_total_limit)
+            self.accelerator.wait_for_everyone()
+        # torch.save and safetensors report a full disk as RuntimeError and SafetensorError.
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise UserError(
+                f"{self.args.output_dir}: could not save the checkpoint of step {self.state.global_step}: {error}. "
+                "Make room or fix the permissions and run the same command again: it continues from the last one"
+            ) from error
+        finally:
+            self._aside = False
+
+    def _get_output_dir(self, trial: Any) -> str:
+        root = super()._get_output_dir(trial)
+        return str(Path(root) / SAVING) if self._aside else root
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_connector(self.model, Path(resume_from_checkpoint))
+
+
+class _StepFacts(TrainerCallback):
+    """Notes what the Trainer does not: the epoch for our sampler, each group's learning rate as it was used."""
+
+    def __init__(self, trainer: LLaVATrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(
+        self, args: HfTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # With several processes accelerate wraps the sampler so that its set_epoch is not reached.
+        if self.trainer._sampler is not None:
+            self.trainer._sampler.set_epoch(int(state.epoch or 0))
+
+    def on_optimizer_step(
+        self, args: HfTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer._lrs = {group["name"]: group["lr"] for group in kwargs["optimizer"].param_groups}
+
+
+class LLaVASculptTrainer(LLaVATrainer):
+    """LoRASculpt: LLaVATrainer with the regularizer in the loss and the masks in a callback (Algorithm 1).
+
+    The regularizer is added once per optimizer step, in the micro-step that ends it, so it costs and counts the same
+    however the step is split by gradient accumulation. Each process adds the whole term; gradient averaging over
+    processes leaves it as it is.
+    """
+
+    def __init__(self, model: PeftModel, config: Config, train_dataset: Any, data_collator: Any) -> None:
+        super().__init__(model, config, train_dataset, data_collator)
+        pairs, sculpt = lora_pairs(model), config.sculpt
+        self.regularizer = ConflictRegularizer(pairs, sculpt, with_connector=config.model.connector == "sculpt")
+        self.masking = SculptCallback(
+            [pair for pair in pairs if not pair.in_connector], sculpt.sculpt_density, sculpt.sculpt_warmup_steps
+        )
+        self.add_callback(self.masking)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not self.accelerator.sync_gradients:
+            return result
+        penalty = self.regularizer()
+        if penalty is None:
+            return result
+        if num_items_in_batch is None:
+            # A mean over micro-batches: the Trainer divides what is returned here by their number.
+            penalty = penalty * self.current_gradient_accumulation_steps
+        return (result[0] + penalty, result[1]) if return_outputs else result + penalty
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs["cmr_llm"] = self.regularizer.cmr_llm
+            if self.config.model.connector == "sculpt":
+                logs["cmr_connector"] = self.regularizer.cmr_connector
+            logs["density"] = self.masking.measured_density()
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        self.masking.save(Path(output_dir or self.args.output_dir))
+
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+        """Train, or continue from a checkpoint folder with its masks (refused where they do not belong to it)."""
+        if resume_from_checkpoint is not None:
+            self.masking.load(Path(resume_from_checkpoint), self.args.device)
+        return super().train(resume_from_checkpoint, **kwargs)

@@ -1,0 +1,86 @@
+"""Fixtures: a random LLaVA of a few thousand parameters in the real checkpoint layout, and a small training set."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from llava_sculpt.data.tokenizer import LlavaTokenizer
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+FIXTURES = Path(__file__).parent / "data" / "fixtures"
+
+torch.set_num_threads(1)
+
+
+def make_checkpoint(folder: Path, seed: int = 0) -> Path:
+    """A random base checkpoint: 16 px images in 4 tokens, d = 32, two LLM layers."""
+    folder.mkdir(parents=True)
+    for name in ("tokenizer.model", "preprocessor_config.json"):
+        shutil.copy(FIXTURES / name, folder / name)
+    preprocessor = json.loads((folder / "preprocessor_config.json").read_text())
+    preprocessor["size"] = {"shortest_edge": 16}
+    preprocessor["crop_size"] = {"height": 16, "width": 16}
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    vocabulary = LlavaTokenizer.from_dir(folder).vocab_size
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
+        ),
+        text_config=LlamaConfig(
+            vocab_size=-(-(vocabulary + 2) // 64) * 64,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=512,
+            tie_word_embeddings=False,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=vocabulary + 1,
+        ),
+        image_token_id=vocabulary,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+    torch.manual_seed(seed)
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("base") / "llava")
+
+
+@pytest.fixture(scope="session")
+def training_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with train.json (24 samples, one in four without an image) and images/."""
+    folder = tmp_path_factory.mktemp("training_data")
+    (folder / "images").mkdir()
+    rng = np.random.default_rng(0)
+    records = []
+    for index in range(24):
+        record: dict[str, object] = {
+            "id": f"s{index}",
+            "conversations": [
+                {"from": "human", "value": f"What is number {index}?" + " Tell me." * (index % 3)},
+                {"from": "gpt", "value": f"number {index * 7 % 10}"},
+            ],
+        }
+        if index % 4:
+            name = f"{index}.png"
+            Image.fromarray(rng.integers(0, 256, (12 + index, 20, 3), dtype=np.uint8)).save(folder / "images" / name)
+            record["image"] = name
+            record["conversations"][0]["value"] = "<image>\n" + record["conversations"][0]["value"]  # type: ignore[index]
+        records.append(record)
+    (folder / "train.json").write_text(json.dumps(records))
+    return folder

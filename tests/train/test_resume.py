@@ -1,0 +1,142 @@
+"""A run that was cut off and continued is, bit for bit, the run that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llava_sculpt.model.adapter import ADAPTER_FILE, CONNECTOR_FILE, MASKS_FILE, RUN_FILE
+from tests.train.conftest import Train
+from tests.train.test_training import log_of, same_files
+
+STEPS, MASK_STEP = 18, 5
+
+
+@pytest.fixture(scope="module")
+def with_checkpoints(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("resume") / "whole"
+    assert train(folder, save_steps=1, save_total_limit=100) == 0
+    return folder
+
+
+def cut_off_after(step: int, whole: Path, folder: Path) -> Path:
+    """A run folder as a kill after `step` leaves it."""
+    folder.mkdir()
+    shutil.copytree(whole / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+    record = json.loads((whole / RUN_FILE).read_text())
+    (folder / RUN_FILE).write_text(json.dumps({**record, "status": "running"}))
+    (folder / ".saving" / f"checkpoint-{step + 1}").mkdir(parents=True)  # the kill came while saving
+    (folder / ".saving" / f"checkpoint-{step + 1}" / ADAPTER_FILE).write_bytes(b"half")
+    return folder
+
+
+# Before, at and after the mask step; in the middle of an epoch and at its end (6 steps each).
+@pytest.mark.parametrize("step", [1, MASK_STEP - 1, MASK_STEP, MASK_STEP + 1, 6, 12, 15, STEPS])
+def test_resumed_equals_uninterrupted(train: Train, with_checkpoints: Path, tmp_path: Path, step: int) -> None:
+    folder = cut_off_after(step, with_checkpoints, tmp_path / "run")
+    assert train(folder) == 0
+    assert same_files(folder, with_checkpoints)
+    assert [r["loss"] for r in log_of(folder)] == [r["loss"] for r in log_of(with_checkpoints)]
+    assert not (folder / ".saving").exists()
+
+
+def test_finished_run_is_left_alone(train: Train, with_checkpoints: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (with_checkpoints / ADAPTER_FILE).stat().st_mtime_ns
+    assert train(with_checkpoints) == 0
+    assert "already finished" in capsys.readouterr().out
+    assert (with_checkpoints / ADAPTER_FILE).stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"lora_r": 4}, "lora_r: 8 there, 4 now"),
+        ({"sculpt_density": 0.2}, "sculpt_density: 0.1 there, 0.2 now"),
+        ({"seed": 7}, "seed: 42 there, 7 now"),
+        ({"per_device_train_batch_size": 2}, "global_batch_size: 4 there, 2 now"),
+    ],
+)
+def test_another_run_is_refused(
+    train: Train, with_checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict, words: str
+) -> None:
+    folder = cut_off_after(7, with_checkpoints, tmp_path / "run")
+    assert train(folder, **change) == 2
+    message = capsys.readouterr().err
+    assert "holds another run" in message and words in message
+    assert (folder / "checkpoint-7").is_dir()
+
+
+def complete(folder: Path) -> None:
+    """Make the marker agree with what is in the checkpoint now."""
+    sizes = {f.name: f.stat().st_size for f in folder.iterdir() if f.name != "complete.json"}
+    (folder / "complete.json").write_text(json.dumps(sizes))
+
+
+def test_missing_foreign_and_damaged_files_are_refused(
+    train: Train, with_checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(name: str, words: str) -> None:
+        assert train(tmp_path / name) == 2
+        errors = capsys.readouterr().err.strip().splitlines()
+        assert [words in line for line in errors if line.startswith("error:")] == [True], errors
+
+    checkpoint = cut_off_after(7, with_checkpoints, tmp_path / "missing") / "checkpoint-7"
+    (checkpoint / MASKS_FILE).unlink()
+    refused("missing", "missing or truncated")
+    complete(checkpoint)
+    refused("missing", "is after the mask step")
+
+    checkpoint = cut_off_after(7, with_checkpoints, tmp_path / "foreign") / "checkpoint-7"
+    masks = load_file(checkpoint / MASKS_FILE)
+    save_file({k: m.flatten().roll(1).view(m.shape).contiguous() for k, m in masks.items()}, checkpoint / MASKS_FILE)
+    refused("foreign", "does not belong to")
+    save_file({k: torch.ones_like(m) for k, m in masks.items()}, checkpoint / MASKS_FILE)
+    refused("foreign", "another density")
+    save_file({k: m[:4].contiguous() for k, m in masks.items()}, checkpoint / MASKS_FILE)
+    complete(checkpoint)
+    refused("foreign", "another model or rank")
+
+    checkpoint = cut_off_after(7, with_checkpoints, tmp_path / "truncated") / "checkpoint-7"
+    (checkpoint / ADAPTER_FILE).write_bytes((checkpoint / ADAPTER_FILE).read_bytes()[:-10])
+    refused("truncated", "missing or truncated")
+    complete(checkpoint)
+    refused("truncated", ADAPTER_FILE)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment(flags: dict[str, str], with_checkpoints: Path, tmp_path: Path) -> None:
+    """SIGKILL at random moments, until the run gets through; the real command in its own process."""
+    folder = tmp_path / "run"
+    given = {**flags, "output_dir": str(folder), "save_steps": "1", "save_total_limit": "2"}
+    command = [sys.executable, "-m", "llava_sculpt.train.train"]
+    command += [word for key, value in given.items() for word in (f"--{key}", value)]
+    rng, kills = random.Random(0), 0
+    # torch must compute as in this process to give the same bits
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for _ in range(60):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
+        if kills < 8:
+            deadline = time.time() + 120
+            seen = len(list(folder.glob("checkpoint-*")))
+            while time.time() < deadline and process.poll() is None and len(list(folder.glob("checkpoint-*"))) <= seen:
+                time.sleep(0.02)
+                seen = min(seen, 1)
+            time.sleep(rng.random() * 0.3)
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        _, errors = process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL), errors.decode()
+        if process.returncode == 0:
+            break
+    assert same_files(folder, with_checkpoints, (ADAPTER_FILE, CONNECTOR_FILE, MASKS_FILE))
