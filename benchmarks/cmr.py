@@ -1,0 +1,225 @@
+"""Speed, memory and error of CMR (forward and backward of one matrix) beside the formulation of the paper's release.
+
+    python benchmarks/cmr.py            # 4096 x 4096 and 11008 x 4096, r 16/32/64, bf16 and fp32 W: minutes on 2 cores
+    python benchmarks/cmr.py --quick    # 1024 x 1024 only: seconds
+    python benchmarks/cmr.py --shapes 4096x4096 --ranks 32 --json out.json
+
+Four ways to compute the same number take turns in one process, so that the ratios survive a noisy machine. On a
+machine that is busy with other work use --threads 1: otherwise what is measured is threads waiting for each other.
+  ours             prepared_penalty, with the constants of the frozen W made once before (what training does)
+  ours, unprepared conflict_penalty, which also takes ||W|| and the table anew
+  released         the release's lines, in W's dtype: M recomputed from W, M and B A kept by autograd
+  released, fp32   the same with everything in fp32 (only where W is 16-bit)
+The floor is the time of the three thin fp32 products that any exact method needs: B A, Q A^T and B^T Q.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import json
+import platform
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llava_sculpt.sculpt import Retention, conflict_penalty, prepared_penalty
+
+Penalty = Callable[[Tensor, Tensor], Tensor]
+MIB = 2**20
+
+
+def released_penalty(lora_A: Tensor, lora_B: Tensor, weight: Tensor) -> Tensor:
+    """Eq. 6-8 written out with autograd, every intermediate a full p x q matrix in the dtype of ``weight``."""
+    importance = torch.abs(1 / torch.log(torch.abs(weight) / torch.norm(weight, p=2) + 1e-15))
+    return torch.norm(torch.tanh(importance) * (lora_B.to(weight.dtype) @ lora_A.to(weight.dtype)))
+
+
+def thin_products(lora_A: Tensor, lora_B: Tensor, tile_rows: int) -> None:
+    with torch.no_grad():
+        grad_A = torch.zeros_like(lora_A)
+        for rows in lora_B.split(tile_rows):
+            tile = rows @ lora_A
+            tile @ lora_A.T
+            grad_A.addmm_(rows.T, tile)
+
+
+def exact(lora_A: Tensor, lora_B: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Value and gradients in float64, in row blocks so that the reference fits a laptop."""
+    A, B = lora_A.detach().double(), lora_B.detach().double()
+    norm = torch.stack([rows.double().square().sum() for rows in weight.split(256)]).sum().sqrt()
+    squares, grad_A, grad_B = A.new_zeros(()), torch.zeros_like(A), torch.zeros_like(B)
+    for start in range(0, len(B), 256):
+        block = slice(start, start + 256)
+        M = torch.tanh((1 / torch.log(weight[block].double().abs() / norm + 1e-15)).abs())
+        P = B[block] @ A
+        squares += (M * P).square().sum()
+        Q = M.square() * P
+        grad_A += B[block].T @ Q
+        grad_B[block] = Q @ A.T
+    value = squares.sqrt()
+    return value, grad_A / value, grad_B / value
+
+
+class PeakMemory:
+    """Most extra memory in use at any moment inside the ``with`` block, in bytes.
+
+    On a GPU the allocator's own count; on CPU the resident size, sampled about every millisecond.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.bytes = device, 0
+
+    def __enter__(self) -> PeakMemory:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.before = torch.cuda.memory_allocated(self.device)
+            return self
+        return_free_memory()
+        self.before, self.done = resident_bytes(), threading.Event()
+        self.sampler = threading.Thread(target=self.sample)
+        self.sampler.start()
+        return self
+
+    def sample(self) -> None:
+        while not self.done.is_set():
+            self.bytes = max(self.bytes, resident_bytes() - self.before)
+            time.sleep(0.001)
+
+    def __exit__(self, *_: object) -> None:
+        if self.device.type == "cuda":
+            self.bytes = torch.cuda.max_memory_allocated(self.device) - self.before
+            return
+        self.done.set()
+        self.sampler.join()
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def return_free_memory() -> None:
+    """Give freed heap back to the system, so that reusing it counts as memory again (glibc only)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure(
+    shape: tuple[int, int], rank: int, dtype: torch.dtype, repeats: int, device: torch.device
+) -> dict[str, Any]:
+    p, q = shape
+    generator = torch.Generator(device=device).manual_seed(0)
+    weight = (torch.randn(p, q, device=device, generator=generator) * 0.02).to(dtype)
+    lora_A = ((torch.rand(rank, q, device=device, generator=generator) - 0.5) * 0.03).requires_grad_()
+    lora_B = (torch.randn(p, rank, device=device, generator=generator) * 1e-3).requires_grad_()
+    retention = Retention.of(weight)
+    ways: dict[str, Penalty] = {
+        "ours": lambda A, B: prepared_penalty(A, B, weight, retention),
+        "ours, unprepared": lambda A, B: conflict_penalty(A, B, weight),
+        "released": lambda A, B: released_penalty(A, B, weight),
+    }
+    if dtype != torch.float32:
+        ways["released, fp32"] = lambda A, B: released_penalty(A, B, weight.float())
+
+    reference = exact(lora_A, lora_B, weight)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    floor: list[float] = []
+    results: dict[str, Any] = {}
+    for name, penalty in ways.items():  # once each for memory and error
+        penalty(lora_A, lora_B).backward()  # libraries load on first use
+        lora_A.grad = lora_B.grad = None
+        with PeakMemory(device) as peak:
+            value = penalty(lora_A, lora_B)
+            value.backward()
+            wait(device)
+        assert lora_A.grad is not None and lora_B.grad is not None
+        results[name] = {"peak_extra_mib": peak.bytes / MIB}
+        got = (value.detach(), lora_A.grad, lora_B.grad)
+        for part, a, e in zip(("value", "grad_A", "grad_B"), got, reference, strict=True):
+            results[name][f"error_{part}"] = float((a.double() - e).norm() / e.norm())
+    for _ in range(repeats):
+        for name, penalty in ways.items():
+            lora_A.grad = lora_B.grad = None
+            wait(device)
+            start = time.perf_counter()
+            penalty(lora_A, lora_B).backward()
+            wait(device)
+            seconds[name].append(time.perf_counter() - start)
+        start = time.perf_counter()
+        thin_products(lora_A, lora_B, 128 if device.type == "cpu" else 1024)
+        wait(device)
+        floor.append(time.perf_counter() - start)
+    for name in ways:
+        results[name]["ms"] = 1e3 * statistics.median(seconds[name])
+        results[name]["times_ours"] = results[name]["ms"] / results["ours"]["ms"]
+    return {
+        "shape": [p, q],
+        "rank": rank,
+        "weight": str(dtype).removeprefix("torch."),
+        "floor_ms": 1e3 * statistics.median(floor),
+        "ways": results,
+    }
+
+
+def print_case(case: dict[str, Any]) -> None:
+    p, q = case["shape"]
+    print(f"\nW {p} x {q} {case['weight']}, r = {case['rank']}; three thin products: {case['floor_ms']:.1f} ms")
+    print(f"  {'':18}{'ms':>8}{'x ours':>8}{'peak MiB':>10}{'err value':>11}{'err dA':>10}{'err dB':>10}")
+    for name, way in case["ways"].items():
+        errors = "".join(f"{way[f'error_{part}']:10.1e}" for part in ("value", "grad_A", "grad_B"))
+        print(f"  {name:18}{way['ms']:8.1f}{way['times_ours']:8.2f}{way['peak_extra_mib']:10.1f} {errors}", flush=True)
+
+
+def shape_of(text: str) -> tuple[int, int]:
+    p, q = text.lower().split("x")
+    return int(p), int(q)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one 1024 x 1024 matrix, r = 32")
+    parser.add_argument("--shapes", nargs="+", type=shape_of, default=[(4096, 4096), (11008, 4096)], metavar="PxQ")
+    parser.add_argument("--ranks", nargs="+", type=int, default=[16, 32, 64])
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=["bfloat16", "float16", "float32"], default=["bfloat16", "float32"]
+    )
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.shapes, arguments.ranks = [(1024, 1024)], [32]
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    device = torch.device(arguments.device)
+    cases = []
+    for shape in arguments.shapes:
+        for rank in arguments.ranks:
+            for dtype in arguments.dtypes:
+                cases.append(measure(shape, rank, getattr(torch, dtype), arguments.repeats, device))
+                print_case(cases[-1])
+    if arguments.json:
+        machine = {
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+            "threads": torch.get_num_threads(),
+            "repeats": arguments.repeats,
+        }
+        arguments.json.write_text(json.dumps({"machine": machine, "cases": cases}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Data: LLaVA training JSON to token ids, labels, pixels and batches."""

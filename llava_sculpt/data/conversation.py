@@ -1,0 +1,160 @@
+"""LLaVA's v1 conversation: a record or a question to token ids, and the labels of the answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llava_sculpt.data.tokenizer import LlavaTokenizer
+from llava_sculpt.errors import UserError
+
+IMAGE_TOKEN_INDEX = -200  # stands in the ids where the image goes; the collator widens it
+IGNORE_INDEX = -100  # label of a token that is not trained on
+
+IMAGE_PLACEHOLDER = "<image>"
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+_END = "</s>"
+_ANSWER_MARK = " ASSISTANT: "
+
+
+def encode_record(record: dict[str, Any], tokenizer: LlavaTokenizer) -> tuple[list[int], list[int]]:
+    """Ids and labels of one LLaVA training record, as the original package makes them.
+
+    Returns two lists of one length: the ids, with BOS in front and ``IMAGE_TOKEN_INDEX`` for the image, and the
+    labels, ``IGNORE_INDEX`` everywhere except on the answers and the ``</s>`` behind each. No truncation.
+    Raises UserError if ``record_problems`` finds any, or if the tokenizer joins a question and its answer.
+    """
+    problems = record_problems(record)
+    if problems:
+        raise UserError(problems)
+    ids: list[int] = [tokenizer.bos_id]
+    labels: list[int] = [IGNORE_INDEX]
+    for number, (question, answer) in enumerate(_rounds(_from_human(record["conversations"]))):
+        instruction = _instruction(question, first=number == 0)
+        # A turn behind </s> gets no space in front: encode it with that token, then drop the token.
+        before = "" if number == 0 else _END
+        skip = 0 if number == 0 else 1
+        asked = _encode_with_image(before + instruction, tokenizer)[skip:]
+        whole = _encode_with_image(before + instruction + " " + answer + _END, tokenizer)[skip:]
+        if whole[: len(asked)] != asked:
+            raise UserError(
+                "the tokenizer joins 'ASSISTANT:' and the answer in one token, so that they cannot be told "
+                "apart; LLaVA-1.5 needs a Llama SentencePiece model"
+            )
+        ids += whole
+        labels += [IGNORE_INDEX] * len(asked) + whole[len(asked) :]
+    return ids, labels
+
+
+def encode_prompt(question: str, tokenizer: LlavaTokenizer, has_image: bool) -> list[int]:
+    """Ids of the prompt for generating an answer: system text, question, ``ASSISTANT:``; BOS in front.
+
+    ``question`` comes without ``<image>``: it is put in front, on a line of its own, if ``has_image``.
+    Raises UserError if the question holds one.
+    """
+    if IMAGE_PLACEHOLDER in question:
+        raise UserError(f"the question {question!r} holds {IMAGE_PLACEHOLDER}, which is put in front of it")
+    if has_image:
+        question = f"{IMAGE_PLACEHOLDER}\n{question}"
+    return [tokenizer.bos_id, *_encode_with_image(_instruction(question, first=True), tokenizer)]
+
+
+def record_problems(record: object) -> list[str]:
+    """What is wrong with one training record, in the user's terms; empty if nothing is. Opens no files.
+
+    A record whose first turn is not from the human is accepted and loses that turn, as in LLaVA.
+    """
+    if not isinstance(record, dict):
+        return [f"is not a JSON object but {type(record).__name__}"]
+    problems = []
+    has_image = "image" in record
+    if has_image and not (isinstance(record["image"], str) and record["image"].strip()):
+        problems.append("'image' must be a file name; leave the key out of a sample without an image")
+    turns = record.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        return [*problems, "has no 'conversations' (a list of human and gpt turns)"]
+    for number, turn in enumerate(turns, 1):
+        if not isinstance(turn, dict) or turn.get("from") not in ("human", "gpt"):
+            problems.append(f"turn {number} needs 'from': 'human' or 'gpt'")
+        elif not isinstance(turn.get("value"), str):
+            problems.append(f"turn {number} needs a text in 'value'")
+    if problems:
+        return problems
+    turns = _from_human(turns)
+    return _order_problems(turns) or _placeholder_problems(turns, has_image) + _text_problems(turns)
+
+
+def _order_problems(turns: list[dict[str, str]]) -> list[str]:
+    if not turns:
+        return ["has no human turn"]
+    if any(turn["from"] != ("human", "gpt")[i % 2] for i, turn in enumerate(turns)):
+        return ["human and gpt turns must alternate"]
+    if len(turns) % 2:
+        return ["the last human turn has no answer"]
+    return []
+
+
+def _placeholder_problems(turns: list[dict[str, str]], has_image: bool) -> list[str]:
+    holders = [turn["from"] for turn in turns if IMAGE_PLACEHOLDER in turn["value"]]
+    if not has_image:
+        return [f"has {IMAGE_PLACEHOLDER} in the text but no 'image'"] if holders else []
+    if not holders:
+        return [f"has an 'image' but no {IMAGE_PLACEHOLDER} in the text"]
+    if "gpt" in holders:
+        return [f"has {IMAGE_PLACEHOLDER} in an answer"]
+    count = sum(question.count(IMAGE_PLACEHOLDER) for question, _ in _rounds(turns))
+    if count > 1:
+        return [f"has {IMAGE_PLACEHOLDER} in {count} places, for one image"]
+    return []
+
+
+def _text_problems(turns: list[dict[str, str]]) -> list[str]:
+    problems = []
+    for number, (question, answer) in enumerate(_rounds(turns), 1):
+        if not question:
+            problems.append(f"question {number} is empty")
+        if not answer.strip():
+            problems.append(f"answer {number} is empty")
+        for token in (_END, "<unk>"):
+            if token in question or token in answer:
+                problems.append(f"{token} stands in the text of question or answer {number}")
+        # LLaVA cuts between question and answer at this mark: there must be one, and it the right one.
+        instruction = _instruction(question, first=number == 1)
+        expected = [instruction.removesuffix(_ANSWER_MARK[:-1]), answer]
+        if f"{instruction} {answer}".split(_ANSWER_MARK) != expected:
+            problems.append(f"'{_ANSWER_MARK}' stands in the text of question or answer {number}")
+        if any("\ud800" <= character <= "\udfff" for character in question + answer):
+            problems.append(f"question or answer {number} holds half of a surrogate pair, which is not text")
+    return problems
+
+
+def _from_human(turns: list[dict[str, str]]) -> list[dict[str, str]]:
+    return turns if turns[0]["from"] == "human" else turns[1:]
+
+
+def _rounds(turns: list[dict[str, str]]) -> list[tuple[str, str]]:
+    """(question, answer) of alternating turns, with the image placeholder in its place."""
+    return [(_image_to_front(turns[i]["value"]), turns[i + 1]["value"]) for i in range(0, len(turns), 2)]
+
+
+def _image_to_front(question: str) -> str:
+    if IMAGE_PLACEHOLDER not in question:
+        return question
+    return f"{IMAGE_PLACEHOLDER}\n{question.replace(IMAGE_PLACEHOLDER, '').strip()}".strip()
+
+
+def _instruction(question: str, first: bool) -> str:
+    """Everything of a round up to where the answer begins, less the space in front of the answer."""
+    return (SYSTEM + " " if first else "") + f"USER: {question} ASSISTANT:"
+
+
+def _encode_with_image(text: str, tokenizer: LlavaTokenizer) -> list[int]:
+    """Encode the text around each placeholder on its own, with ``IMAGE_TOKEN_INDEX`` in between."""
+    ids: list[int] = []
+    for i, chunk in enumerate(text.split(IMAGE_PLACEHOLDER)):
+        if i:
+            ids.append(IMAGE_TOKEN_INDEX)
+        ids += tokenizer.encode(chunk)
+    return ids

@@ -1,0 +1,161 @@
+"""The training set: a LLaVA JSON file and an image folder, checked as a whole, then read sample by sample."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from llava_sculpt.data.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX, encode_record, record_problems
+from llava_sculpt.data.images import ImagePreprocessor, image_problems, load_rgb
+from llava_sculpt.data.tokenizer import LlavaTokenizer
+from llava_sculpt.errors import UserError
+
+MAX_PROBLEMS_SHOWN = 20
+
+
+def read_records(data_path: str | Path) -> list[Any]:
+    """The list in a LLaVA training file, its items unchecked.
+
+    UserError if the file is missing, is not JSON, does not hold a list, or holds an empty one.
+    """
+    path = Path(data_path)
+    try:
+        records = json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: the data file is missing") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the data file ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from error
+    except json.JSONDecodeError as error:
+        hint = "; JSON lines are not read, write one JSON list" if error.msg == "Extra data" else ""
+        raise UserError(
+            f"{path}: not valid JSON at line {error.lineno}, column {error.colno} ({error.msg}){hint}"
+        ) from error
+    except RecursionError as error:
+        raise UserError(f"{path}: not a LLaVA data file, its JSON is nested too deeply") from error
+    if not isinstance(records, list):
+        raise UserError(f"{path}: must hold a JSON list of samples, but holds {type(records).__name__}")
+    if not records:
+        raise UserError(f"{path}: holds no samples")
+    return records
+
+
+def validate_dataset(data_path: str | Path, image_folder: str | Path | None, threads: int = 4) -> None:
+    """Check every record and every image of a training file; one UserError tells all problems.
+
+    Needs neither model nor tokenizer. Each image is opened and read once, by ``threads`` threads. Image names
+    start from ``image_folder``, which may be None for a set without images.
+    """
+    records = read_records(data_path)
+    problems = {i: record_problems(record) for i, record in enumerate(records)}
+    images = {i: r["image"] for i, r in enumerate(records) if isinstance(r, dict) and _has_image_name(r)}
+    if images and not (image_folder is not None and Path(image_folder).is_dir()):
+        where = "no image folder is given" if image_folder is None else f"there is no folder {image_folder}"
+        lines = [f"{data_path}: has samples with images, but {where} (image_folder)"]
+        raise UserError(lines + _told(data_path, records, problems))
+    paths = {i: Path(str(image_folder)) / name for i, name in images.items()}
+    bad = image_problems(paths.values(), threads)
+    for i, path in paths.items():
+        if path in bad:
+            problems[i].append(f"{bad[path]}: {path}")
+    _raise_if_any(data_path, records, problems)
+
+
+class LlavaDataset(Dataset[dict[str, Any]]):
+    """Samples of a LLaVA training file.
+
+    An item has ``input_ids`` and ``labels`` (int64 [n], one ``IMAGE_TOKEN_INDEX`` for the image, not truncated)
+    and ``pixel_values`` (float32 [3, H, W], None for a sample without an image).
+
+    ``modality_lengths`` holds one non-zero number per sample: its length in tokens, with ``image_tokens`` for
+    the image and cut at ``model_max_length``; negative for a sample without an image.
+    """
+
+    def __init__(
+        self,
+        data_path: str | Path,
+        image_folder: str | Path | None,
+        tokenizer: LlavaTokenizer,
+        preprocessor: ImagePreprocessor,
+        model_max_length: int,
+        image_tokens: int,
+    ) -> None:
+        """Read the file and encode every text once, for the lengths; images stay closed.
+
+        Raises one UserError with all malformed records, among them those that lose part of their image or all
+        of their answers when they are cut at ``model_max_length``.
+        """
+        self.data_path = Path(data_path)
+        self.image_folder = Path(image_folder) if image_folder is not None else Path()
+        self.tokenizer = tokenizer
+        self.preprocessor = preprocessor
+        self.records: list[dict[str, Any]] = read_records(data_path)
+        self.modality_lengths: list[int] = []
+        problems = {i: record_problems(record) for i, record in enumerate(self.records)}
+        for i, record in enumerate(self.records):
+            if problems[i]:
+                continue
+            try:
+                ids, labels = encode_record(record, tokenizer)
+            except UserError as error:
+                problems[i] = error.problems
+                continue
+            problems[i] = _length_problems(ids, labels, model_max_length, image_tokens)
+            length = min(_expanded(len(ids), IMAGE_TOKEN_INDEX in ids, image_tokens), model_max_length)
+            self.modality_lengths.append(length if "image" in record else -length)
+        _raise_if_any(data_path, self.records, problems)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self.records[index]
+        ids, labels = encode_record(record, self.tokenizer)
+        pixels = None
+        if "image" in record:
+            pixels = self.preprocessor(load_rgb(self.image_folder / record["image"]))
+        return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "pixel_values": pixels}
+
+
+def _has_image_name(record: dict[str, Any]) -> bool:
+    return isinstance(record.get("image"), str) and bool(record["image"].strip())
+
+
+def _expanded(length: int, has_image: bool, image_tokens: int) -> int:
+    return length + (image_tokens - 1 if has_image else 0)
+
+
+def _length_problems(ids: list[int], labels: list[int], max_length: int, image_tokens: int) -> list[str]:
+    has_image = IMAGE_TOKEN_INDEX in ids
+    image_end = ids.index(IMAGE_TOKEN_INDEX) + image_tokens if has_image else 0
+    if image_end > max_length:
+        return [f"the image ends at token {image_end}, beyond model_max_length {max_length}: raise it"]
+    # A trained-on token stands behind the image, or in an earlier round: its place after expansion decides.
+    first = next(i for i, label in enumerate(labels) if label != IGNORE_INDEX)
+    place = _expanded(first, has_image and ids.index(IMAGE_TOKEN_INDEX) < first, image_tokens)
+    if place >= max_length:
+        return [f"the first answer is at token {place + 1}, beyond model_max_length {max_length}: raise it"]
+    return []
+
+
+def _told(data_path: str | Path, records: list[Any], problems: dict[int, list[str]]) -> list[str]:
+    """One line per problem, with file and record; after ``MAX_PROBLEMS_SHOWN`` only how many more there are."""
+    lines = []
+    for i, found in problems.items():
+        name = f" (id {records[i]['id']!r})" if isinstance(records[i], dict) and "id" in records[i] else ""
+        lines += [f"{data_path}: record {i + 1} of {len(records)}{name}: {problem}" for problem in found]
+    more = len(lines) - MAX_PROBLEMS_SHOWN
+    if more > 0:
+        lines[MAX_PROBLEMS_SHOWN:] = [f"{data_path}: and {more} more problem{'s' if more > 1 else ''}"]
+    return lines
+
+
+def _raise_if_any(data_path: str | Path, records: list[Any], problems: dict[int, list[str]]) -> None:
+    lines = _told(data_path, records, problems)
+    if lines:
+        raise UserError(lines)
