@@ -168,7 +168,7 @@ _DOES_NOT_CHANGE_THE_RESULT = frozenset(
     save_steps save_strategy save_total_limit disable_tqdm log_level log_level_replica log_on_each_node project
     trackio_space_id trackio_bucket_id trackio_static_space_id local_rank ddp_timeout ddp_backend
     dataloader_num_workers dataloader_prefetch_factor dataloader_pin_memory dataloader_persistent_workers
-    push_to_hub hub_model_id hub_token hub_strategy hub_private_repo hub_revision hub_always_push
+    accelerator_config push_to_hub hub_model_id hub_token hub_strategy hub_private_repo hub_revision hub_always_push
     per_device_train_batch_size gradient_accumulation_steps activation_checkpointing gradient_checkpointing
     include_num_input_tokens_seen use_cpu deepspeed model_name_or_path data_path image_folder
     """.split()
@@ -269,15 +269,31 @@ def parse_config(argv: list[str]) -> Config:
     training_values = {
         k: v for k, v in values.items() if k in {f.name for f in dataclasses.fields(TrainingArguments)}
     }
-    training = None
     try:
-        # With an error already known its side effects (device set-up) are not wanted, its own checks are.
-        training = TrainingArguments(**training_values)
+        training = TrainingArguments(**training_values, **_cpu_processes(bool(values.get("deepspeed"))))
     except (ValueError, TypeError, ImportError) as error:
-        problems.append(f"training arguments: {' '.join(str(error).split())}")
-    if problems or training is None:
+        raise UserError([*problems, f"training arguments: {' '.join(str(error).split())}"]) from error
+    if problems:
         raise UserError(problems)
     return Config(model, data, sculpt, training)
+
+
+def _cpu_processes(deepspeed: bool) -> dict[str, Any]:
+    """Training arguments that several processes without a GPU need (torchrun or deepspeed on a CPU machine).
+
+    Left alone, the Trainer finds no backend and every process trains by itself; with `use_cpu` DeepSpeed is
+    silently replaced by DDP.
+    """
+    if torch.cuda.is_available() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return {}
+    if not deepspeed:
+        return {"use_cpu": True}
+    from accelerate import PartialState
+
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    PartialState(backend="gloo")
+    return {"accelerator_config": {"use_configured_state": True}}
 
 
 def _impossible_values(

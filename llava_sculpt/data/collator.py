@@ -24,6 +24,7 @@ class TrainCollator:
     pad_token_id: int
     image_token_id: int
     image_tokens: int
+    image_size: int
     model_max_length: int
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -39,16 +40,17 @@ class TrainCollator:
             if self.image_token_id in wide_ids[self.model_max_length :]:
                 raise ValueError(f"model_max_length {self.model_max_length} cuts through an image")
             rows.append((wide_ids[: self.model_max_length], wide_labels[: self.model_max_length]))
+        pixels = [sample["pixel_values"] for sample in samples if sample["pixel_values"] is not None]
+        if not pixels:
+            rows.append(([self.image_token_id] * self.image_tokens, [IGNORE_INDEX] * self.image_tokens))
+            pixels = [torch.zeros(3, self.image_size, self.image_size)]
         length = max(len(ids) for ids, _ in rows)
-        batch = {
+        return {
             "input_ids": torch.tensor([ids + [self.pad_token_id] * (length - len(ids)) for ids, _ in rows]),
             "attention_mask": torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids, _ in rows]),
             "labels": torch.tensor([labels + [IGNORE_INDEX] * (length - len(labels)) for _, labels in rows]),
+            "pixel_values": torch.stack(pixels),
         }
-        pixels = [sample["pixel_values"] for sample in samples if sample["pixel_values"] is not None]
-        if pixels:
-            batch["pixel_values"] = torch.stack(pixels)
-        return batch
 
 
 def left_pad(

@@ -48,8 +48,12 @@ class BaseCheckpoint:
     @property
     def image_tokens(self) -> int:
         """Tokens one image becomes: (image size / patch size) squared."""
-        vision = self.config["vision_config"]
-        return (int(vision["image_size"]) // int(vision["patch_size"])) ** 2
+        return (self.image_size // int(self.config["vision_config"]["patch_size"])) ** 2
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square images the tower takes, in pixels."""
+        return int(self.config["vision_config"]["image_size"])
 
     @property
     def smallest_dimension(self) -> int:

@@ -58,7 +58,7 @@ class SculptCallback(TrainerCallback):
 
     def _hold(self, key: str, mask: torch.Tensor) -> None:
         self.masks[key] = mask
-        self.parameters[key].register_hook(lambda gradient: gradient * mask)
+        self.parameters[key].register_hook(lambda gradient: gradient.masked_fill(~mask, 0))
 
     def save(self, folder: Path) -> None:
         """Write the masks made so far (bool tensors under the adapter's own keys); nothing before the mask step."""

@@ -11,7 +11,6 @@ An interrupted run continues when the same command is given again.
 from __future__ import annotations
 
 import math
-import os
 import resource
 import signal
 import sys
@@ -43,8 +42,6 @@ INTERRUPTED = 130  # the shell's exit code for ctrl-C
 
 def main(argv: list[str] | None = None) -> int:
     """Run one training; returns the exit code (0 done, 2 bad input, 130 interrupted)."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
         return train(parse_config(sys.argv[1:] if argv is None else argv))
     except UserError as error:
@@ -193,7 +190,11 @@ def build_trainer(config: Config, checkpoint: BaseCheckpoint, dataset: LlavaData
         connector=model_arguments.connector,
     )
     collator = TrainCollator(
-        checkpoint.pad_token_id, checkpoint.image_token_id, checkpoint.image_tokens, arguments.model_max_length
+        checkpoint.pad_token_id,
+        checkpoint.image_token_id,
+        checkpoint.image_tokens,
+        checkpoint.image_size,
+        arguments.model_max_length,
     )
     trainer_class = LLaVASculptTrainer if config.sculpt.method == "sculpt" else LLaVATrainer
     return trainer_class(peft_model, config, dataset, collator)

@@ -24,7 +24,7 @@ TEXT = {
 
 
 def collate(samples: list[dict[str, Any]], model_max_length: int = 100) -> dict[str, torch.Tensor]:
-    return TrainCollator(PAD, IMAGE, image_tokens=3, model_max_length=model_max_length)(samples)
+    return TrainCollator(PAD, IMAGE, image_tokens=3, image_size=4, model_max_length=model_max_length)(samples)
 
 
 def test_a_mixed_batch() -> None:
@@ -36,8 +36,11 @@ def test_a_mixed_batch() -> None:
     assert {value.dtype for key, value in batch.items() if key != "pixel_values"} == {torch.int64}
 
 
-def test_without_images_there_is_no_pixel_key() -> None:
-    assert set(collate([TEXT, TEXT])) == {"input_ids", "attention_mask", "labels"}
+def test_without_images_an_empty_one_is_added_that_teaches_nothing() -> None:
+    batch = collate([TEXT, TEXT])
+    assert batch["input_ids"].tolist() == [[1, 8, 9, 2], [1, 8, 9, 2], [IMAGE, IMAGE, IMAGE, PAD]]
+    assert batch["labels"][2].tolist() == [IGNORE_INDEX] * 4
+    assert batch["pixel_values"].shape == (1, 3, 4, 4) and not batch["pixel_values"].any()
 
 
 def test_samples_are_cut_after_the_image_got_its_room() -> None:

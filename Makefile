@@ -1,0 +1,44 @@
+# `make help` lists the targets. PYTHON picks the interpreter that makes .venv. TORCH_ARGS goes to pip with torch: on
+# Linux without a GPU, PyTorch's own CPU index saves gigabytes (README, "Set-up").
+PYTHON ?= python3
+TORCH_ARGS ?=
+BIN := .venv/bin
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all lint bench tiny-model clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+setup: $(BIN)/.ready  ## make .venv with everything the tiny scale, the tests and the linter need
+
+$(BIN)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
+	# torch alone first, so that nothing else decides which build of it comes.
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch $(TORCH_ARGS)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: setup  ## zero-shot, LoRA and LoRASculpt on tiny IconQA
+	bash scripts/demo.sh
+
+test: setup  ## the fast tests (at most 10 minutes on two cores)
+	$(BIN)/python -m pytest
+
+test-all: setup  ## every test, the slow ones too
+	$(BIN)/python -m pytest -m ""
+
+lint: setup  ## ruff, mypy, YAML and shell scripts
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python scripts/check_files.py
+
+bench: setup  ## speed and memory as ratios against named baselines
+	$(BIN)/python benchmarks/cmr.py
+
+tiny-model: setup  ## rebuild data/tiny_llava (about half an hour on two cores)
+	$(BIN)/python -m llava_sculpt.tiny.pretrain --out data/tiny_llava
+
+clean:  ## remove generated data, runs and caches (not .venv)
+	rm -rf runs data/tiny build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,279 @@
+"""Shared by every data set: reading raw JSON, collecting problems, writing the prepared folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from llava_sculpt.errors import UserError
+
+Record = dict[str, Any]
+T = TypeVar("T")
+
+SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
+MANIFEST = "manifest.json"
+# Told in full, 200,000 missing images would hide the one broken record beside them.
+_TOLD_PER_FILE = 20
+_ALL_FILES = {"train.json"} | {f"{s}{end}" for s in ("val", "test") for end in (".jsonl", "_annotations.json")}
+
+
+class Problems:
+    """Everything wrong with the raw files, collected so that one run tells all of it."""
+
+    def __init__(self) -> None:
+        self._by_file: dict[str, list[str]] = {}
+
+    def add(self, file: Path, record: str, message: str) -> None:
+        """Note that `record` (a human-readable position, "" for the whole file) of `file` is wrong."""
+        self._by_file.setdefault(str(file), []).append(
+            f"{file}: {record}: {message}" if record else f"{file}: {message}"
+        )
+
+    def raise_if_any(self) -> None:
+        """Raise one UserError with all problems; long lists of one file are cut after 20 with a count."""
+        lines: list[str] = []
+        for file, messages in self._by_file.items():
+            lines += messages[:_TOLD_PER_FILE]
+            if len(messages) > _TOLD_PER_FILE:
+                lines.append(f"{file}: ... and {len(messages) - _TOLD_PER_FILE} more problems")
+        if lines:
+            raise UserError(lines)
+
+    def value(self, record: Any, key: str, kind: type[T], file: Path, where: str) -> T | None:
+        """`record[key]` if it is a `kind` (and, for text, not blank); otherwise None, noted."""
+        if not isinstance(record, dict):
+            self.add(file, where, f"expected an object, found {type(record).__name__}")
+            return None
+        if key not in record:
+            self.add(file, where, f"no field {key!r}")
+            return None
+        value = record[key]
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            self.add(file, where, f"field {key!r} should be {kind.__name__}, found {type(value).__name__}")
+            return None
+        if isinstance(value, str) and not value.strip():
+            self.add(file, where, f"field {key!r} is empty")
+            return None
+        return value
+
+    def texts(self, record: Any, key: str, file: Path, where: str, at_least: int = 1) -> list[str] | None:
+        """`record[key]` if it is a list of at least `at_least` non-blank texts; otherwise None, noted."""
+        values = self.value(record, key, list, file, where)
+        if values is None:
+            return None
+        if len(values) < at_least:
+            self.add(file, where, f"field {key!r} has {len(values)} entries, needs at least {at_least}")
+            return None
+        for position, value in enumerate(values):
+            if not isinstance(value, str) or not value.strip():
+                self.add(file, where, f"field {key!r}, entry {position}: should be non-empty text, found {value!r}")
+                return None
+        return values
+
+    def question(self, record: Any, key: str, file: Path, where: str) -> str | None:
+        """A question's text; a literal "<image>" would be taken for the picture's place and is refused."""
+        text = self.value(record, key, str, file, where)
+        if text is not None and "<image>" in text:
+            self.add(file, where, f"field {key!r} contains the reserved text '<image>'")
+            return None
+        return text
+
+    def image(self, root: Path, candidates: Sequence[str], file: Path, where: str) -> str | None:
+        """The first of `candidates` (relative to `root`) that is a non-empty file; otherwise None, noted."""
+        for candidate in candidates:
+            path = root / candidate
+            if path.is_file():
+                if path.stat().st_size:
+                    return candidate
+                self.add(file, where, f"image {path} has zero bytes: download it again")
+                return None
+        self.add(file, where, f"image not found: {' or '.join(str(root / c) for c in candidates)}")
+        return None
+
+
+@dataclass
+class Split:
+    """One evaluation split: question lines and the gold answers in the benchmark's official format."""
+
+    questions: list[Record]
+    annotations: Any
+
+
+@dataclass
+class Prepared:
+    """All that `write_prepared` puts on disk. `train` is None for data sets that are only evaluated."""
+
+    image_folder: Path
+    prompt_style: str
+    license: str
+    sources: list[Path]
+    options: dict[str, Any]
+    train: list[Record] | None = None
+    splits: dict[str, Split] = field(default_factory=dict)
+
+
+def find_file(raw: Path, candidates: Sequence[str]) -> Path | None:
+    """The first of `candidates` (relative to `raw`) that exists."""
+    return next((raw / c for c in candidates if (raw / c).is_file()), None)
+
+
+def require_file(raw: Path, candidates: Sequence[str], hint: str = "") -> Path:
+    """`find_file`, or a UserError that names the places looked at."""
+    path = find_file(raw, candidates)
+    if path is None:
+        places = " or ".join(str(raw / c) for c in candidates)
+        raise UserError(f"{places}: file not found" + (f". {hint}" if hint else ""))
+    return path
+
+
+def load_json(path: Path, kind: type[T]) -> T:
+    """The JSON of `path`, which must be a `kind` (dict or list) and not empty."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise UserError(f"{path}: not valid JSON ({place}: {error.msg})") from error
+    if not isinstance(content, kind):
+        raise UserError(f"{path}: should hold a JSON {kind.__name__}, found {type(content).__name__}")
+    if not content:
+        raise UserError(f"{path}: holds no records")
+    return content
+
+
+def records_of(content: Record, key: str, path: Path) -> list[Any]:
+    """The non-empty list `content[key]` of an official file, or a UserError."""
+    records = content.get(key)
+    if not isinstance(records, list) or not records:
+        raise UserError(f"{path}: no list of records under the key {key!r}")
+    return records
+
+
+def subset(records: Sequence[T], count: int, *, seed: int, purpose: str) -> list[T]:
+    """`count` random records in their original order, or all if there are not more.
+
+    Every purpose ("iconqa/train") has its own random stream, so that one option never changes another's
+    sample.
+    """
+    if count < 1:
+        raise UserError(f"number of samples must be at least 1, got {count}")
+    if len(records) <= count:
+        return list(records)
+    chosen = random.Random(f"{purpose}/{seed}").sample(range(len(records)), count)
+    return [records[i] for i in sorted(chosen)]
+
+
+def train_record(record_id: str, image: str, question: str, answer: str) -> Record:
+    """One sample of LLaVA's training JSON."""
+    turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+    return {"id": record_id, "image": image, "conversations": turns}
+
+
+def question_line(question_id: int | str, image: str, text: str) -> Record:
+    """One line of LLaVA's question file; the "<image>" mark is added by the loader, not here."""
+    return {"question_id": question_id, "image": image, "text": text, "category": "default"}
+
+
+def write_prepared(out: Path, name: str, prepared: Prepared, *, seed: int, samples: int, overwrite: bool) -> Record:
+    """Write the prepared folder and return its manifest.
+
+    Every file is written aside and renamed, the manifest last: a folder with a manifest is complete. The same
+    request on the same sources leaves a complete folder untouched; a folder made from another request or
+    other sources is refused (UserError) unless `overwrite`.
+    """
+    files = _file_contents(prepared)
+    # The image folder is the one thing that is taken from the raw download in place.
+    image_folder = os.path.relpath(prepared.image_folder.resolve(), out.resolve())
+    counts = {split: {"n": len(content.questions)} for split, content in prepared.splits.items()}
+    if prepared.train is not None:
+        counts["train"] = {"n": len(prepared.train)}
+    manifest: Record = {
+        "name": name,
+        "splits": counts,
+        "image_folder": image_folder,
+        "seed": seed,
+        "samples": samples if prepared.train is not None else None,
+        "options": prepared.options,
+        "prompt_style": prepared.prompt_style,
+        "license": prepared.license,
+        "source_files": {path.name: _sha256_of_file(path) for path in prepared.sources},
+        "files": {file: _sha256(content) for file, content in files.items()},
+    }
+    manifest_path = out / MANIFEST
+    if manifest_path.exists() and not overwrite:
+        old = load_json(manifest_path, dict)
+        changed = sorted(key for key in old.keys() | manifest.keys() if old.get(key) != manifest.get(key))
+        if changed:
+            raise UserError(
+                f"{out}: holds data prepared differently (differs in: {', '.join(changed)}). "
+                "Choose another --out, or pass --overwrite to replace it."
+            )
+        hashes = manifest["files"].items()
+        if all((out / file).is_file() and _sha256_of_file(out / file) == hashed for file, hashed in hashes):
+            return manifest
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        manifest_path.unlink(missing_ok=True)
+        for stale in _ALL_FILES - files.keys():
+            (out / stale).unlink(missing_ok=True)
+        for file, content in files.items():
+            write_atomically(out / file, content)
+        write_atomically(manifest_path, _json_bytes(manifest))
+    except OSError as error:
+        raise UserError(f"{out}: cannot write the prepared data: {error}") from error
+    return manifest
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write beside `path` and rename, so that `path` is never half written."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
+        # mkstemp makes private files; prepared data should be as readable as any other file of the user.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def json_lines(records: Iterable[Record]) -> bytes:
+    """JSON lines, UTF-8, one record a line."""
+    return "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode()
+
+
+def _file_contents(prepared: Prepared) -> dict[str, bytes]:
+    files: dict[str, bytes] = {}
+    if prepared.train is not None:
+        files["train.json"] = _json_bytes(prepared.train)
+    for split, content in prepared.splits.items():
+        files[f"{split}.jsonl"] = json_lines(content.questions)
+        files[f"{split}_annotations.json"] = _json_bytes(content.annotations)
+    return files
+
+
+def _json_bytes(content: Any) -> bytes:
+    return (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode()
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _sha256_of_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        for block in iter(lambda: stream.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()

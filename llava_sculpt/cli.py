@@ -1,0 +1,167 @@
+"""`llava-sculpt`: every job as a subcommand. Heavy imports wait until a subcommand needs them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from llava_sculpt.errors import UserError
+
+_TASKS = ("iconqa", "coco", "okvqa", "ocrvqa", "gqa", "textvqa")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one subcommand; returns the exit code (2 for bad input, 130 when interrupted)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="llava-sculpt", description="LoRASculpt for LLaVA-1.5.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (summary, add_arguments, _) in _COMMANDS.items():
+        add_arguments(commands.add_parser(name, help=summary, description=summary, allow_abbrev=False))
+    if arguments[:1] == ["train"]:  # its flags are the training configuration's, parsed there
+        from llava_sculpt.train.train import main as train
+
+        return train(arguments[1:])
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.command != "finetune":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options.train_flags = rest
+    try:
+        return _COMMANDS[options.command][2](options)
+    except UserError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "Flags: --config FILE.yaml and any field of llava_sculpt/config.py."
+
+
+def _train(options: argparse.Namespace) -> int:
+    raise AssertionError("handled before the other subcommands")
+
+
+def _add_finetune(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("task", choices=["iconqa", "coco"])
+    parser.add_argument("--scale", choices=["paper", "tiny"], help="default: paper if this machine can run it")
+    parser.add_argument("--method", choices=["sculpt", "lora"], default="sculpt")
+    parser.add_argument("--rank", type=int, default=32, help="LoRA rank (paper: 16, 32, 64)")
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--output_dir", help="default: runs/SCALE/TASK/METHOD_rRANK_seedSEED")
+    parser.epilog = "Any further flag goes to the training entry point and wins over its YAML."
+
+
+def _finetune(options: argparse.Namespace) -> int:
+    from llava_sculpt.experiments.finetune import finetune
+
+    return finetune(
+        options.task,
+        options.scale,
+        options.method,
+        options.rank,
+        options.seed,
+        options.output_dir,
+        options.train_flags,
+    )
+
+
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="base model, adapter folder or merged model")
+    parser.add_argument("--base", help="base checkpoint, if not the one the adapter names")
+    parser.add_argument("--tasks", default="all", help="all, or a comma-separated list: " + ",".join(_TASKS))
+    parser.add_argument("--data_root", type=Path, default=Path("data"), help="folder of the prepared data sets")
+    parser.add_argument("--split", default="test", choices=["val", "test"])
+    parser.add_argument("--target", choices=["iconqa", "coco"], help="the task that counts as Target")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--max_new_tokens", type=int, default=128)
+    parser.add_argument("--okvqa_variant", choices=["authors", "official"], default="authors")
+    parser.add_argument("--output_dir", type=Path, help="for results.json and predictions/ (default: runs/eval/MODEL)")
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from llava_sculpt.evaluation.run import evaluate, load_tasks
+    from llava_sculpt.evaluation.table import format_details, format_table
+    from llava_sculpt.experiments.finetune import tasks_of
+    from llava_sculpt.model.load import load_for_inference
+    from llava_sculpt.train.runs import write_json
+
+    tasks = tasks_of(options.tasks)
+    load_tasks(tasks, options.data_root, options.split)
+    loaded = load_for_inference(options.model, base=options.base)
+    folder = options.output_dir or Path("runs/eval") / Path(options.model).name
+    results = evaluate(
+        loaded.model,
+        loaded.tokenizer,
+        loaded.preprocessor,
+        tasks,
+        options.data_root,
+        options.split,
+        options.batch_size,
+        folder,
+        target=options.target,
+        model_id=options.model,
+        max_new_tokens=options.max_new_tokens,
+        okvqa_variant=options.okvqa_variant,
+        progress=sys.stderr.isatty(),
+    )
+    results["base"] = loaded.checkpoint.fingerprint()
+    write_json(folder / "results.json", results)
+    print(f"{format_table([(options.model, results)])}\n\n{format_details(results)}\n\nresults: {folder / 'results.json'}")
+    return 0
+
+
+def _add_prepare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", choices=_TASKS)
+    parser.add_argument("--raw", type=Path, required=True, help="folder with the official files")
+    parser.add_argument("--out", type=Path, required=True, help="prepared folder, e.g. data/iconqa")
+    given = argparse.SUPPRESS  # absent means the data set's own default
+    parser.add_argument("--samples", type=int, default=given, help="random training samples (default 10000)")
+    parser.add_argument("--val_samples", type=int, default=given, help="random validation questions")
+    parser.add_argument("--test_samples", type=int, default=given, help="random test questions")
+    parser.add_argument("--seed", type=int, default=given)
+    parser.add_argument("--answer_style", choices=["letter", "text"], default=given, help="iconqa only")
+    parser.add_argument("--ocr_tokens", action=argparse.BooleanOptionalAction, default=given, help="textvqa only")
+    parser.add_argument("--prompt", default=given, help="coco only: the test prompt")
+    parser.add_argument("--overwrite", action="store_true", default=given)
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    from llava_sculpt.benchmarks import prepare_benchmark
+
+    given = {k: v for k, v in vars(options).items() if k not in ("command", "train_flags", "name", "raw", "out")}
+    manifest = prepare_benchmark(options.name, options.raw, options.out, **given)
+    counts = ", ".join(f"{split} {facts['n']:,}" for split, facts in manifest["splits"].items())
+    print(f"{options.out}: {counts}; {manifest['prompt_style']}; {manifest['license']}")
+    return 0
+
+
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("adapter", type=Path, help="folder of a run or checkpoint")
+    parser.add_argument("--json", action="store_true")
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from llava_sculpt.model.inspect import format_inspection, inspect_adapter
+
+    found = inspect_adapter(options.adapter)
+    print(json.dumps(found, indent=2) if options.json else format_inspection(found))
+    return 0
+
+
+_Command = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]
+_COMMANDS: dict[str, _Command] = {
+    "finetune": ("the main job: train, evaluate, table and figure", _add_finetune, _finetune),
+    "train": ("fine-tune from one YAML", _add_train, _train),
+    "eval": ("score a model on the prepared tasks", _add_eval, _eval),
+    "prepare": ("official download -> training and question files", _add_prepare, _prepare),
+    "inspect": ("densities of an adapter beside Theorem 3.1", _add_inspect, _inspect),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""The figure of a comparison: Source (what was kept) against Target (what was learned)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+# Distinguishable with colour-blind eyes and in print (Okabe and Ito), with the marker as second sign.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = "osD^vPX"
+_GREY = "#c8c8c8"
+_LABEL_GAP = 13  # points between labels that would otherwise overlap
+
+
+def plot_source_target(
+    rows: Sequence[tuple[str, float, float]], path: Path, *, target_name: str = "Target", title: str = ""
+) -> None:
+    """Write a PNG with one labelled point per (label, source, target) and lines of equal Avg behind.
+
+    Rows with the same label get the same colour and are labelled once. Scores are on the paper's scale. The
+    file is written aside and renamed.
+    """
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    _set_limits(axes, rows)
+    _draw_equal_avg(axes)
+    styles = {label: index for index, label in enumerate(dict.fromkeys(label for label, _, _ in rows))}
+    for label, source, target in rows:
+        index = styles[label]
+        axes.plot(
+            target,
+            source,
+            _MARKERS[index % len(_MARKERS)],
+            color=_COLOURS[index % len(_COLOURS)],
+            markersize=9,
+            markeredgecolor="white",
+        )
+    axes.set_xlabel(f"{target_name} (learned)")
+    axes.set_ylabel("Source (kept)")
+    axes.set_title(title)
+    axes.spines[["top", "right"]].set_visible(False)
+    canvas.draw()  # fixes the layout, so that label positions can be computed
+    _draw_labels(axes, rows, styles)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.png")
+    try:
+        figure.savefig(temporary, dpi=150)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _set_limits(axes: Axes, rows: Sequence[tuple[str, float, float]]) -> None:
+    """Room around the points; at least 10 points of score on each axis, and nothing above 100 without need."""
+    for column, set_limits, margin in ((2, axes.set_xlim, 0.2), (1, axes.set_ylim, 0.15)):
+        values = [float(row[column]) for row in rows]
+        low, high = min(values), max(values)
+        span = max(high - low, 10.0)
+        middle = (low + high) / 2
+        top = middle + span * (0.5 + margin)
+        set_limits(middle - span * (0.5 + margin), min(top, 102.0) if high <= 100 else top)
+
+
+def _draw_equal_avg(axes: Axes) -> None:
+    """Grey lines Source + Target = 2 Avg at a round spacing, each with its value where it leaves the plot."""
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    lowest, highest = (left + bottom) / 2, (right + top) / 2
+    step = next(s for s in (1, 2, 5, 10, 20, 50, 100) if (highest - lowest) / s <= 8)
+    value = (int(lowest // step) + 1) * step
+    while value < highest:
+        axes.plot([left, right], [2 * value - left, 2 * value - right], color=_GREY, linewidth=0.8, zorder=0)
+        # The upper end of the line: on the top edge, or on the left edge where it begins there.
+        at = (left, 2 * value - left) if 2 * value - left <= top else (2 * value - top, top)
+        if at[0] < right - 0.1 * (right - left) and at[1] > bottom + 0.05 * (top - bottom):
+            axes.annotate(
+                f"Avg {value:g}",
+                at,
+                xytext=(4, -2),
+                textcoords="offset points",
+                color="#8c8c8c",
+                fontsize=7,
+                va="top",
+            )
+        value += step
+    axes.set_xlim(left, right)
+    axes.set_ylim(bottom, top)
+
+
+def _draw_labels(axes: Axes, rows: Sequence[tuple[str, float, float]], styles: dict[str, int]) -> None:
+    """Each label once, beside its first point on the side with more room, lower where it would cover another."""
+    first = {label: (target, source) for label, source, target in reversed(rows)}
+    middle = sum(axes.get_xlim()) / 2
+    to_points = 72 / axes.figure.dpi
+    lowest: dict[str, float] = {}
+    for label, (x, y) in sorted(first.items(), key=lambda item: -item[1][1]):
+        side = "right" if x > middle else "left"
+        at_y = float(axes.transData.transform((x, y))[1]) * to_points
+        label_y = min(at_y, lowest.get(side, at_y + _LABEL_GAP) - _LABEL_GAP)
+        lowest[side] = label_y
+        axes.annotate(
+            label,
+            (x, y),
+            xytext=(-9 if side == "right" else 9, label_y - at_y),
+            textcoords="offset points",
+            ha=side,
+            va="center",
+            fontsize=9,
+            color=_COLOURS[styles[label] % len(_COLOURS)],
+        )

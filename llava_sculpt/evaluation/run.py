@@ -1,0 +1,220 @@
+"""One evaluation: prepared tasks -> answers -> scores, Source, Target and Avg, with all that qualifies the numbers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from llava_sculpt.benchmarks import SOURCES, TARGETS
+from llava_sculpt.benchmarks.common import MANIFEST, json_lines, load_json, write_atomically
+from llava_sculpt.data.images import ImagePreprocessor
+from llava_sculpt.data.tokenizer import LlavaTokenizer
+from llava_sculpt.errors import UserError
+from llava_sculpt.evaluation.generate import generate_answers
+from llava_sculpt.evaluation.scorers import Score, score_predictions
+
+Results = dict[str, Any]
+TASKS = (*TARGETS, *SOURCES)
+_PACKAGES = ("torch", "transformers", "peft", "pillow", "sentencepiece", "pycocoevalcap")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A split of a prepared data set, read and checked."""
+
+    name: str
+    split: str
+    questions: list[dict[str, Any]]
+    gold: Any
+    image_folder: Path
+    prompt_style: str
+    fingerprint: str
+
+
+def load_tasks(names: Sequence[str], data_root: Path, split: str) -> list[Task]:
+    """Read the prepared data of every task in `names` from `data_root/<name>/`.
+
+    Call it before loading a model: one UserError lists every task that is unknown, not prepared, lacks the
+    split, or misses images.
+    """
+    tasks: list[Task] = []
+    problems: list[str] = []
+    for name in dict.fromkeys(names):
+        try:
+            tasks.append(_load_task(name, data_root / name, split))
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(problems)
+    return tasks
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: LlavaTokenizer,
+    preprocessor: ImagePreprocessor,
+    tasks: Sequence[str],
+    data_root: Path,
+    split: str,
+    batch_size: int,
+    out_dir: Path,
+    *,
+    target: str | None = None,
+    model_id: str = "",
+    max_new_tokens: int = 128,
+    okvqa_variant: str = "authors",
+    progress: bool = True,
+) -> Results:
+    """Answer and score `tasks`; write `out_dir/predictions/<task>.jsonl` and return the content of
+    `results.json`.
+
+    The predictions are in LLaVA's answers format. `target` ("iconqa" or "coco") is the task that counts as
+    Target; by default the one of them that is evaluated. Results: "tasks" {name: score, n, split, metric,
+    variant, prompt_style, decoding, and a benchmark's further numbers}, "source" (mean of the four Source
+    tasks), "target", "target_task", "avg" (Eq. 42), each None if a part is missing, "settings" with
+    "config_hash", "versions". All scores are on the paper's scale. The hash covers data, prompts, decoding
+    and scorers, not model or batch size: equal hashes mean comparable scores.
+    """
+    if batch_size < 1 or max_new_tokens < 1:
+        raise UserError(f"batch_size and max_new_tokens must be at least 1, got {batch_size} and {max_new_tokens}")
+    loaded = load_tasks(tasks, data_root, split)
+    target = choose_target([task.name for task in loaded], target)
+    decoding = f"greedy, at most {max_new_tokens} new tokens"
+    scored: dict[str, dict[str, Any]] = {}
+    for task in loaded:
+        texts = generate_answers(
+            model,
+            tokenizer,
+            preprocessor,
+            task.questions,
+            task.image_folder,
+            batch_size,
+            max_new_tokens,
+            progress=task.name if progress else None,
+        )
+        metadata = {"split": split, "prompt_style": task.prompt_style, "decoding": decoding}
+        _write_predictions(out_dir / "predictions" / f"{task.name}.jsonl", task, texts, model_id, metadata)
+        pairs = [(question["question_id"], text) for question, text in zip(task.questions, texts, strict=True)]
+        score = score_predictions(task.name, task.gold, pairs, okvqa_variant=okvqa_variant)
+        scored[task.name] = _entry(score, metadata)
+    settings = {
+        "split": split,
+        "max_new_tokens": max_new_tokens,
+        "data": {task.name: task.fingerprint for task in loaded},
+        "prompt_styles": {task.name: task.prompt_style for task in loaded},
+        "scorers": {name: f"{entry['metric']}, {entry['variant']}" for name, entry in scored.items()},
+    }
+    return {
+        "model_id": model_id,
+        "tasks": scored,
+        **summarise({name: entry["score"] for name, entry in scored.items()}, target),
+        "settings": settings,
+        "config_hash": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+        "versions": _versions(),
+    }
+
+
+def summarise(scores: Mapping[str, float], target: str | None) -> dict[str, Any]:
+    """Source (mean of the four Source tasks), Target and Avg = (Source + Target) / 2 (Eq. 42); None where unknown."""
+    source = sum(scores[name] for name in SOURCES) / len(SOURCES) if all(n in scores for n in SOURCES) else None
+    goal = scores.get(target) if target is not None else None
+    avg = (source + goal) / 2 if source is not None and goal is not None else None
+    return {"source": source, "target": goal, "target_task": target, "avg": avg}
+
+
+def choose_target(names: Sequence[str], target: str | None) -> str | None:
+    """The Target task: `target` if given (UserError unless it is one and evaluated), else the only one in `names`."""
+    if target is None:
+        present = [name for name in TARGETS if name in names]
+        return present[0] if len(present) == 1 else None
+    if target not in TARGETS or target not in names:
+        raise UserError(f"target {target!r} must be one of {', '.join(TARGETS)} and among the evaluated tasks")
+    return target
+
+
+def _load_task(name: str, folder: Path, split: str) -> Task:
+    if name not in TASKS:
+        raise UserError(f"unknown task {name!r}; known: {', '.join(TASKS)}")
+    if not (folder / MANIFEST).is_file():
+        raise UserError(f"{folder}: {name} is not prepared; run: llava-sculpt prepare {name} --raw DIR --out {folder}")
+    manifest = load_json(folder / MANIFEST, dict)
+    file, gold_file = folder / f"{split}.jsonl", folder / f"{split}_annotations.json"
+    if not file.is_file() or not gold_file.is_file():
+        have = ", ".join(s for s in manifest.get("splits", {}) if s != "train") or "none"
+        raise UserError(f"{folder}: no split {split!r} (evaluation splits there: {have})")
+    content = file.read_bytes()
+    questions = _read_questions(file, content)
+    images = (folder / manifest["image_folder"]).resolve()
+    missing = [q["image"] for q in questions if "image" in q and not (images / q["image"]).is_file()]
+    if missing:
+        raise UserError(f"{file}: {len(missing)} images are not in {images}, the first: {missing[0]}")
+    fingerprint = hashlib.sha256(content + gold_file.read_bytes()).hexdigest()
+    gold = json.loads(gold_file.read_text(encoding="utf-8"))
+    return Task(name, split, questions, gold, images, manifest["prompt_style"], fingerprint)
+
+
+def _read_questions(file: Path, content: bytes) -> list[dict[str, Any]]:
+    questions: list[dict[str, Any]] = []
+    problems: list[str] = []
+    # Not splitlines(): JSON leaves U+2028 and its like unescaped inside a record.
+    for number, line in enumerate(content.decode("utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict) or not {"question_id", "text"} <= record.keys():
+                problems.append(f"{file}: line {number}: needs question_id and text")
+            questions.append(record)
+        except json.JSONDecodeError as error:
+            problems.append(f"{file}: line {number}: not valid JSON ({error.msg})")
+    if problems or not questions:
+        raise UserError(problems or f"{file}: holds no questions")
+    return questions
+
+
+def _write_predictions(path: Path, task: Task, texts: Sequence[str], model_id: str, metadata: dict[str, Any]) -> None:
+    records = [
+        {
+            "question_id": question["question_id"],
+            "prompt": question["text"],
+            "text": text,
+            "answer_id": f"{task.name}-{task.split}-{number}",
+            "model_id": model_id,
+            "metadata": metadata,
+        }
+        for number, (question, text) in enumerate(zip(task.questions, texts, strict=True))
+    ]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json_lines(records))
+    except OSError as error:
+        raise UserError(f"{path}: cannot write the predictions: {error}") from error
+
+
+def _entry(score: Score, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "score": score.score,
+        "n": score.n,
+        "metric": score.metric,
+        "variant": score.variant,
+        **metadata,
+        **score.extra,
+    }
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in ("llava-sculpt", *_PACKAGES):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found

@@ -1,0 +1,41 @@
+"""Results as text: the paper's table, and the line under it that says what each number is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_TASK_COLUMNS = {"OKVQA": "okvqa", "OCRVQA": "ocrvqa", "GQA": "gqa", "TextVQA": "textvqa"}
+_SUMMARY_COLUMNS = {"Source": "source", "Target": "target", "Avg": "avg"}
+
+
+def format_table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """A table with one line per (label, results of `evaluate`); "-" where a part was not evaluated."""
+    header = ["", *_TASK_COLUMNS, *_SUMMARY_COLUMNS]
+    body = []
+    for label, results in rows:
+        values = [results["tasks"].get(task, {}).get("score") for task in _TASK_COLUMNS.values()]
+        values += [results.get(key) for key in _SUMMARY_COLUMNS.values()]
+        body.append([label, *("-" if value is None else f"{value:.2f}" for value in values)])
+    widths = [max(len(line[column]) for line in [header, *body]) for column in range(len(header))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in [header, *body]
+    ]
+    lines.insert(1, "-" * (sum(widths) + 2 * (len(widths) - 1)))
+    return "\n".join(lines)
+
+
+def format_details(results: Mapping[str, Any]) -> str:
+    """One line per task: score with metric, N, split, prompt style, decoding and scorer variant."""
+    lines = []
+    for name, entry in results["tasks"].items():
+        further = "".join(f", {kind} {entry[kind]:.2f}" for kind in ("binary", "open") if kind in entry)
+        lines.append(
+            f"{name}: {entry['metric']} {entry['score']:.2f}{further} (N {entry['n']}, {entry['split']}; "
+            f"prompt: {entry['prompt_style']}; {entry['decoding']}; scorer: {entry['variant']})"
+        )
+    return "\n".join(lines)

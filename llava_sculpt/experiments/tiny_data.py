@@ -1,0 +1,42 @@
+"""The tiny world's data, generated in the real data sets' raw formats and prepared by the real preparation code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import llava_sculpt.benchmarks
+import llava_sculpt.tiny
+from llava_sculpt.benchmarks import SOURCES, TARGETS, prepare_benchmark
+from llava_sculpt.tiny.world import write_raw_world
+from llava_sculpt.train.runs import write_json
+
+# The tiny model answers with words: a learnt letter does not train at its size, and OCR tokens in the prompt would
+# answer its TextVQA by themselves.
+OPTIONS = {"iconqa": {"answer_style": "text"}, "textvqa": {"ocr_tokens": False}}
+
+
+def prepare_tiny_world(root: Path, seed: int = 0) -> None:
+    """Write `root`/raw/NAME and `root`/NAME for all six tasks, unless they are there and current (about 30 s)."""
+    marker = root / "world.json"
+    current = {"seed": seed, "code": _code_hash()}
+    if marker.is_file() and json.loads(marker.read_text(encoding="utf-8")) == current:
+        return
+    print(f"generating the tiny world in {root}", flush=True)
+    shutil.rmtree(root, ignore_errors=True)
+    write_raw_world(root, seed)
+    for name in (*TARGETS, *SOURCES):
+        prepare_benchmark(name, root / "raw" / name, root / name, **OPTIONS.get(name, {}))
+    write_json(marker, current)
+
+
+def _code_hash() -> str:
+    """sha256 of the code and assets that make the data: other code, other data."""
+    digest = hashlib.sha256()
+    for package in (llava_sculpt.tiny, llava_sculpt.benchmarks):
+        for file in sorted(Path(package.__path__[0]).rglob("*")):
+            if file.suffix in (".py", ".png"):
+                digest.update(file.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,113 @@
+"""Batched greedy generation: equal to one-by-one decoding without cache, whatever the batch size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from llava_sculpt.data.conversation import IMAGE_TOKEN_INDEX, encode_prompt
+from llava_sculpt.data.images import load_rgb
+from llava_sculpt.errors import UserError
+from llava_sculpt.evaluation.generate import generate_answers
+
+QUESTIONS = [
+    {"question_id": n, "image": f"{n % 5}.png", "text": "what is number " * (n % 4 + 1) + f"{n} in this picture ?"}
+    for n in range(15)
+]
+
+
+def answers(world, pictures, questions=QUESTIONS, **options) -> list[str]:
+    options = {"batch_size": 4, "max_new_tokens": 8, **options}
+    return generate_answers(world.model, world.tokenizer, world.preprocessor, questions, pictures, **options)
+
+
+@torch.inference_mode()
+def one_by_one(world, folder: Path, question: dict, steps: int = 8) -> str:
+    """Greedy decoding in the plainest way: no padding, no cache, a full forward pass for every token."""
+    prompt = encode_prompt(question["text"], world.tokenizer, has_image="image" in question)
+    at = prompt.index(IMAGE_TOKEN_INDEX) if "image" in question else 0
+    ids = prompt[:at] + [world.model.config.image_token_id] * 4 + prompt[at + 1 :] if "image" in question else prompt
+    pixels = {}
+    if "image" in question:
+        pixels["pixel_values"] = world.preprocessor(load_rgb(folder / question["image"]))[None]
+    new: list[int] = []
+    for _ in range(steps):
+        logits = world.model(input_ids=torch.tensor([ids + new]), use_cache=False, **pixels).logits[0, -1]
+        best = int(logits[: world.tokenizer.vocab_size].argmax())
+        if best == world.tokenizer.eos_id:
+            break
+        new.append(best)
+    return world.tokenizer.decode(new).strip()
+
+
+def test_answers_are_those_of_plain_greedy_decoding(world, pictures):
+    expected = [one_by_one(world, pictures, question) for question in QUESTIONS]
+    assert len(set(expected)) > 5  # the random model does look at question and image
+    assert answers(world, pictures) == expected
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_the_batch_size_changes_nothing(world, pictures, batch_size):
+    assert answers(world, pictures, batch_size=batch_size) == answers(world, pictures)
+
+
+def test_order_of_questions_does_not_matter(world, pictures):
+    assert answers(world, pictures, QUESTIONS[::-1]) == answers(world, pictures)[::-1]
+
+
+def test_text_only_questions_mix_with_questions_about_images(world, pictures):
+    mixed = [*QUESTIONS[:3], {"question_id": "t", "text": "what is red ?"}, *QUESTIONS[3:5]]
+    assert answers(world, pictures, mixed) == [one_by_one(world, pictures, question) for question in mixed]
+    assert answers(world, pictures, mixed[3:4]) == [one_by_one(world, pictures, mixed[3])]
+
+
+def test_an_adapter_around_the_model_is_used(world, pictures):
+    before = answers(world, pictures)
+    config = LoraConfig(r=2, target_modules=r".*language_model.*\.q_proj", init_lora_weights=False)
+    torch.manual_seed(0)
+    adapted = get_peft_model(world.model, config)
+    try:
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.data.mul_(20)
+        wrapped = type(world)(adapted, world.tokenizer, world.preprocessor)
+        after = answers(wrapped, pictures)
+        assert after != before
+        assert after == answers(wrapped, pictures, batch_size=1)
+    finally:
+        adapted.unload()
+    assert answers(world, pictures) == before
+
+
+def test_sampling_defaults_of_a_checkpoint_are_overruled(world, pictures):
+    expected = answers(world, pictures)
+    saved = world.model.generation_config
+    try:
+        world.model.generation_config = type(saved)(
+            do_sample=True, temperature=3.0, top_p=0.6, repetition_penalty=5.0, no_repeat_ngram_size=1, max_length=4096
+        )
+        assert answers(world, pictures) == expected
+    finally:
+        world.model.generation_config = saved
+
+
+def test_dropout_is_off_and_the_mode_restored(world, pictures):
+    world.model.train()
+    try:
+        answers(world, pictures, QUESTIONS[:1])
+        assert world.model.training
+    finally:
+        world.model.eval()
+
+
+def test_no_questions_no_answers(world, pictures):
+    assert answers(world, pictures, []) == []
+
+
+def test_a_broken_image_is_a_user_error(world, tmp_path):
+    (tmp_path / "0.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"0\.png"):
+        answers(world, tmp_path, QUESTIONS[:1])
