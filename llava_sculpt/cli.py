@@ -112,7 +112,8 @@ def _eval(options: argparse.Namespace) -> int:
     )
     results["base"] = loaded.checkpoint.fingerprint()
     write_json(folder / "results.json", results)
-    print(f"{format_table([(options.model, results)])}\n\n{format_details(results)}\n\nresults: {folder / 'results.json'}")
+    print(f"{format_table([(options.model, results)])}\n\n{format_details(results)}")
+    print(f"\nresults: {folder / 'results.json'}")
     return 0
 
 
@@ -127,7 +128,8 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=given)
     parser.add_argument("--answer_style", choices=["letter", "text"], default=given, help="iconqa only")
     parser.add_argument("--ocr_tokens", action=argparse.BooleanOptionalAction, default=given, help="textvqa only")
-    parser.add_argument("--prompt", default=given, help="coco only: the test prompt")
+    parser.add_argument("--train_captions", choices=["karpathy", "official"], default=given, help="coco only")
+    parser.add_argument("--test_prompt", default=given, help="coco only")
     parser.add_argument("--overwrite", action="store_true", default=given)
 
 

@@ -46,9 +46,7 @@ class ModelArguments:
     model_name_or_path: str = field(
         default="", metadata={"help": "Base model: a LLaVA-1.5 folder in Hugging Face layout, or its Hub id."}
     )
-    version: str = field(
-        default="v1", metadata={"help": "Conversation template of LLaVA.", "choices": ["v1"]}
-    )
+    version: str = field(default="v1", metadata={"help": "Conversation template of LLaVA.", "choices": ["v1"]})
     vision_tower: str | None = field(
         default=None, metadata={"help": "CLIP folder that replaces the tower in the checkpoint (default: keep it)."}
     )
@@ -56,9 +54,7 @@ class ModelArguments:
         default=16, metadata={"help": "Base weights: 16 (bf16/fp32), 8 or 4 (bitsandbytes).", "choices": [16, 8, 4]}
     )
     double_quant: bool = field(default=True, metadata={"help": "With --bits 4: quantise the scales too."})
-    quant_type: str = field(
-        default="nf4", metadata={"help": "With --bits 4: data type.", "choices": ["nf4", "fp4"]}
-    )
+    quant_type: str = field(default="nf4", metadata={"help": "With --bits 4: data type.", "choices": ["nf4", "fp4"]})
     lora_r: int = field(default=32, metadata={"help": "LoRA rank r."})
     lora_alpha: float | None = field(default=None, metadata={"help": "LoRA scale numerator (default: 2 r)."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the input of lora_A."})
@@ -75,16 +71,12 @@ class ModelArguments:
 class DataArguments:
     data_path: str = field(default="", metadata={"help": "LLaVA training JSON."})
     image_folder: str = field(default="", metadata={"help": "Folder the records' `image` paths start from."})
-    image_aspect_ratio: str = field(
-        default="pad", metadata={"help": "How images become square.", "choices": ["pad"]}
-    )
+    image_aspect_ratio: str = field(default="pad", metadata={"help": "How images become square.", "choices": ["pad"]})
 
 
 @dataclass
 class SculptArguments:
-    method: str = field(
-        default="sculpt", metadata={"help": "LoRASculpt or plain LoRA.", "choices": list(METHODS)}
-    )
+    method: str = field(default="sculpt", metadata={"help": "LoRASculpt or plain LoRA.", "choices": list(METHODS)})
     sculpt_density: float = field(
         default=0.1, metadata={"help": "Fraction of entries kept in each lora_A and lora_B (the paper's s)."}
     )
@@ -262,13 +254,11 @@ def parse_config(argv: list[str]) -> Config:
 
     parts: list[Any] = []
     for kind in (ModelArguments, DataArguments, SculptArguments):
-        names = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+        names = {f.name for f in dataclasses.fields(kind)}
         parts.append(kind(**{k: v for k, v in values.items() if k in names}))
     model, data, sculpt = parts
     problems += _impossible_values(model, data, sculpt, values)
-    training_values = {
-        k: v for k, v in values.items() if k in {f.name for f in dataclasses.fields(TrainingArguments)}
-    }
+    training_values = {k: v for k, v in values.items() if k in {f.name for f in dataclasses.fields(TrainingArguments)}}
     try:
         training = TrainingArguments(**training_values, **_cpu_processes(bool(values.get("deepspeed"))))
     except (ValueError, TypeError, ImportError) as error:

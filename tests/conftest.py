@@ -33,7 +33,12 @@ def make_checkpoint(folder: Path, seed: int = 0) -> Path:
     vocabulary = LlavaTokenizer.from_dir(folder).vocab_size
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=16,
+            patch_size=8,
         ),
         text_config=LlamaConfig(
             vocab_size=-(-(vocabulary + 2) // 64) * 64,

@@ -23,9 +23,7 @@ def write_card(folder: Path, run: dict[str, Any], rows: list[tuple[str, dict[str
     """
     config, total = run["config"], inspect_adapter(folder)["total"]
     settings = "\n".join(
-        f"| {key} | {config[key]} |"
-        for key in _SHOWN
-        if config["method"] == "sculpt" or not key.startswith("sculpt_")
+        f"| {key} | {config[key]} |" for key in _SHOWN if config["method"] == "sculpt" or not key.startswith("sculpt_")
     )
     name = "LoRASculpt" if config["method"] == "sculpt" else "LoRA"
     (folder / "README.md").write_text(

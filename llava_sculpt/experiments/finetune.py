@@ -85,9 +85,7 @@ def finetune(
     return 0
 
 
-def _banner(
-    task: str, scale: str, method: str, rank: int, seed: int, folder: Path, missing: list[str]
-) -> str:
+def _banner(task: str, scale: str, method: str, rank: int, seed: int, folder: Path, missing: list[str]) -> str:
     title = f"{METHOD_NAMES[method]} on {task}, rank {rank}, seed {seed}, scale {scale} -> {folder}"
     lines = ["=" * 100, title]
     if scale == "tiny":
@@ -97,9 +95,7 @@ def _banner(
     return "\n".join([*lines, "=" * 100])
 
 
-def _train(
-    task: str, scale: str, method: str, rank: int, seed: int, folder: Path, train_flags: list[str]
-) -> int:
+def _train(task: str, scale: str, method: str, rank: int, seed: int, folder: Path, train_flags: list[str]) -> int:
     config = Path("configs") / ("tiny" if scale == "tiny" else "") / f"{task}_{method}.yaml"
     flags = ["--config", str(config), "--lora_r", str(rank), "--seed", str(seed), "--output_dir", str(folder)]
     prepared = DATA[scale] / task
@@ -112,7 +108,8 @@ def _train(
     per_device = min(PER_DEVICE_BATCH, GLOBAL_BATCH // gpus) if GLOBAL_BATCH % gpus == 0 else 0
     if per_device == 0:
         raise UserError(
-            f"{gpus} GPUs do not divide the global batch of {GLOBAL_BATCH}: set CUDA_VISIBLE_DEVICES to 1, 2, 4, 8 or 16"
+            f"{gpus} GPUs do not divide the global batch of {GLOBAL_BATCH}: "
+            "let CUDA_VISIBLE_DEVICES name 1, 2, 4, 8 or 16"
         )
     flags += ["--per_device_train_batch_size", str(per_device)]
     flags += ["--gradient_accumulation_steps", str(GLOBAL_BATCH // (gpus * per_device))]

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import llava_sculpt.benchmarks
 import llava_sculpt.tiny
@@ -15,7 +16,7 @@ from llava_sculpt.train.runs import write_json
 
 # The tiny model answers with words: a learnt letter does not train at its size, and OCR tokens in the prompt would
 # answer its TextVQA by themselves.
-OPTIONS = {"iconqa": {"answer_style": "text"}, "textvqa": {"ocr_tokens": False}}
+OPTIONS: dict[str, dict[str, Any]] = {"iconqa": {"answer_style": "text"}, "textvqa": {"ocr_tokens": False}}
 
 
 def prepare_tiny_world(root: Path, seed: int = 0) -> None:

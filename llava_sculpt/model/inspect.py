@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +71,8 @@ def _natural(key: str) -> list[tuple[int, str]]:
 
 def format_inspection(found: dict[str, Any]) -> str:
     """The measurements as a table, densities in percent."""
-    rows = [("module", "shape", "r", "A %", "B %", "BA %", "Thm 3.1 %")]
-    rows += [
-        (m["name"], f"{m['shape'][0]}x{m['shape'][1]}", str(m["rank"]), *_percent(m)) for m in found["modules"]
-    ]
+    rows: list[tuple[str, ...]] = [("module", "shape", "r", "A %", "B %", "BA %", "Thm 3.1 %")]
+    rows += [(m["name"], f"{m['shape'][0]}x{m['shape'][1]}", str(m["rank"]), *_percent(m)) for m in found["modules"]]
     rows.append((f"total ({len(found['modules'])} modules)", "", "", *_percent(found["total"])))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,7 +35,7 @@ def load_base(
     Raises:
         UserError: bitsandbytes missing, or a tower of another shape.
     """
-    options: dict[str, object] = {}
+    options: dict[str, Any] = {}
     if bits != 16:
         options["quantization_config"] = _quantization(bits, dtype, double_quant, quant_type)
     model = LlavaForConditionalGeneration.from_pretrained(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -47,7 +48,7 @@ class LoraPair:
 
     def weight(self) -> torch.Tensor:
         """The frozen W (p, q); a 4- or 8-bit weight is dequantised into a temporary."""
-        base = self.layer.get_base_layer()
+        base: Any = self.layer.get_base_layer()
         weight = base.weight
         if type(weight).__name__ in ("Params4bit", "Int8Params"):
             return dequantize_bnb_weight(weight, state=getattr(base, "state", None))
@@ -102,8 +103,10 @@ def connector_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def lora_pairs(model: nn.Module) -> list[LoraPair]:
     """Every adapted layer, in module order (the same on every rank)."""
-    return [
-        LoraPair(name, module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight, module)
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLayer) and ADAPTER in module.lora_A
-    ]
+    pairs = []
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and ADAPTER in module.lora_A:
+            lora_A: Any = module.lora_A[ADAPTER]
+            lora_B: Any = module.lora_B[ADAPTER]
+            pairs.append(LoraPair(name, lora_A.weight, lora_B.weight, module))
+    return pairs

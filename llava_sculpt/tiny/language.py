@@ -76,15 +76,11 @@ def train_language(
         optimizer.step()
         running.append((loss.item(), pointing.item(), (logits.argmax(1) == gold).float().mean().item()))
         if (step + 1) % 100 == 0 or step + 1 == steps:
-            mean_loss, mean_pointing, right = (
-                sum(values) / len(running) for values in zip(*running, strict=True)
-            )
+            mean_loss, mean_pointing, right = (sum(values) / len(running) for values in zip(*running, strict=True))
             running.clear()
             seconds = time.monotonic() - started
-            print(
-                f"llm {step + 1}/{steps}  loss {mean_loss:.3f}  pointing {mean_pointing:.3f}  tokens right {right:.3f}  {seconds:.0f} s",
-                flush=True,
-            )
+            measured = f"loss {mean_loss:.3f}  pointing {mean_pointing:.3f}  tokens right {right:.3f}"
+            print(f"llm {step + 1}/{steps}  {measured}  {seconds:.0f} s", flush=True)
 
 
 @torch.no_grad()

@@ -101,9 +101,7 @@ class Packer:
         before = torch.tensor(self._before)
         return Batch(before, ids, labels, number, positions, (same & causal)[:, None], pointers)
 
-    def _pointers(
-        self, question: Question, ids: list[int], labels: list[int], row: int, start: int
-    ) -> list[Pointer]:
+    def _pointers(self, question: Question, ids: list[int], labels: list[int], row: int, start: int) -> list[Pointer]:
         """Where the tokens of one question should look; what is not in the picture is looked for at `<s>`."""
         found = []
         for words, item in question.mentions:

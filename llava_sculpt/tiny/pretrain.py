@@ -63,8 +63,8 @@ def new_model() -> LlavaForConditionalGeneration:
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         image_seq_length=GRID * GRID,
-        pad_token_id=pad,
     )
+    config.pad_token_id = pad
     return LlavaForConditionalGeneration(config)
 
 

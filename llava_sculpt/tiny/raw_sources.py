@@ -50,9 +50,7 @@ def write_okvqa(world: World, folder: Path, seed: int) -> None:
                 {"answer_id": i, "raw_answer": text, "answer_confidence": "yes", "answer": text}
                 for i, text in enumerate(opinions, 1)
             ]
-            annotated.append(
-                {**key, "question_type": question.family, "answer_type": "other", "answers": answers}
-            )
+            annotated.append({**key, "question_type": question.family, "answer_type": "other", "answers": answers})
             write_bytes(folder / year / f"COCO_{year}_{image_id:012d}.jpg", jpeg(scene))
         head = {"data_type": "mscoco", "data_subtype": year, "license": {}, "info": {}}
         write_json(
@@ -84,7 +82,7 @@ def write_ocrvqa(world: World, folder: Path, seed: int) -> None:
     write_json(folder / "dataset.json", books)
 
 
-_STRUCTURE = {"exist": "verify", "verify color": "verify", "verify relation": "verify", "side": "choose"}
+_STRUCTURE = {"side": "choose"}
 
 
 def write_gqa(world: World, folder: Path, seed: int) -> None:
@@ -147,9 +145,7 @@ def write_textvqa(world: World, folder: Path, seed: int) -> None:
                 }
             )
             signs = [item.name for item in scene.of("sign")]
-            ocr.append(
-                {"image_id": image_id, "ocr_tokens": signs, "ocr_info": [{"word": word} for word in signs]}
-            )
+            ocr.append({"image_id": image_id, "ocr_tokens": signs, "ocr_info": [{"word": word} for word in signs]})
             write_bytes(folder / "train_images" / f"{image_id}.jpg", jpeg(scene))
         head = {"dataset_type": part, "dataset_name": "textvqa", "dataset_version": "0.5.1"}
         write_json(folder / f"TextVQA_0.5.1_{part}.json", {**head, "data": data})

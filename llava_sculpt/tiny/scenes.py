@@ -82,9 +82,7 @@ def random_object(rng: Random, taken: set[str], x: int, y: int, room: int, icon_
         kind = "icon" if rng.random() < icon_share else "shape"
         name = rng.choice(list(ICONS) if kind == "icon" else SHAPES)
         colour = rng.choice(list(COLOURS)) if kind == "shape" else ""
-        item = Item(
-            kind, name, colour, x + rng.randint(0, room - size), y + rng.randint(0, room - size), size
-        )
+        item = Item(kind, name, colour, x + rng.randint(0, room - size), y + rng.randint(0, room - size), size)
         if item.label not in taken:
             taken.add(item.label)
             return item
@@ -94,9 +92,7 @@ def board(rng: Random, count: int, icon_share: float = 0.6) -> Scene:
     """`count` (1..4) different objects, each in its own cell of the 2 x 2 board."""
     cells = sorted(rng.sample(range(4), count))
     taken: set[str] = set()
-    items = [
-        random_object(rng, taken, c % 2 * CELL + 1, c // 2 * CELL + 1, CELL - 2, icon_share) for c in cells
-    ]
+    items = [random_object(rng, taken, c % 2 * CELL + 1, c // 2 * CELL + 1, CELL - 2, icon_share) for c in cells]
     return new_scene(rng, items)
 
 

@@ -67,9 +67,7 @@ def train_tower(
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         shown = target[:, 0] > 0  # accuracy where there is something to see
-        recent.append(
-            [(p[shown].argmax(1) == target[shown, i]).float().mean().item() for i, p in enumerate(logits)]
-        )
+        recent.append([(p[shown].argmax(1) == target[shown, i]).float().mean().item() for i, p in enumerate(logits)])
         if (step + 1) % 100 == 0 or step + 1 == steps:
             means = np.mean(recent[-50:], 0)
             text = "  ".join(f"{name} {value:.3f}" for name, value in zip(names, means, strict=True))

@@ -90,8 +90,11 @@ def train(config: Config) -> int:
     started = time.time()
     result = trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     if interruption is not None and interruption.received:
-        print(f"\n{output_dir}: stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; "
-              "give the same command again to continue", file=sys.stderr)
+        print(
+            f"\n{output_dir}: stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; "
+            "give the same command again to continue",
+            file=sys.stderr,
+        )
         return INTERRUPTED
     trainer.save_model()
     trainer.save_state()

@@ -42,8 +42,9 @@ class LLaVATrainer(Trainer):
 
     def __init__(self, model: PeftModel, config: Config, train_dataset: Any, data_collator: Any) -> None:
         self.config = config
+        self._dataset = train_dataset
         self._sampler: ModalityLengthSampler | None = None
-        self._task_loss = 0.0
+        self._task_loss: torch.Tensor | float = 0.0
         self._task_loss_since = 0
         self._lrs: dict[str, float] = {}
         self._aside = False
@@ -57,7 +58,7 @@ class LLaVATrainer(Trainer):
         if not self.config.training.group_by_modality_length:
             return super()._get_train_sampler(train_dataset)
         self._sampler = ModalityLengthSampler(
-            self.train_dataset.modality_lengths,
+            self._dataset.modality_lengths,
             self.args.train_batch_size * self.args.gradient_accumulation_steps,
             self.args.world_size,
             self.args.seed,
@@ -91,7 +92,7 @@ class LLaVATrainer(Trainer):
                 },
             )
             group["params"].append(parameter)
-        optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args)
         # LoRA first: the Trainer logs the first group's rate as the learning rate.
         self.optimizer = optimizer_class([groups[key] for key in sorted(groups, reverse=True)], **options)
         return self.optimizer
@@ -103,7 +104,7 @@ class LLaVATrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = result[0] if return_outputs else result
         self._task_loss = self._task_loss + loss.detach()
         return result
@@ -126,9 +127,12 @@ class LLaVATrainer(Trainer):
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
+    def _folder(self, output_dir: str | None = None) -> Path:
+        return Path(output_dir or self.config.training.output_dir)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         assert state_dict is not None
-        folder = Path(output_dir or self.args.output_dir)
+        folder = self._folder(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         save_adapter(self.model, folder, state_dict, self.config.model.model_name_or_path)
 
@@ -143,7 +147,7 @@ class LLaVATrainer(Trainer):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                publish_checkpoint(Path(self.args.output_dir), self.state.global_step, self.args.save_total_limit)
+                publish_checkpoint(self._folder(), self.state.global_step, self.args.save_total_limit)
             self.accelerator.wait_for_everyone()
         # torch.save and safetensors report a full disk as RuntimeError and SafetensorError.
         except (OSError, RuntimeError, SafetensorError) as error:
@@ -227,10 +231,12 @@ class LLaVASculptTrainer(LLaVATrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         super()._save(output_dir, state_dict)
-        self.masking.save(Path(output_dir or self.args.output_dir))
+        self.masking.save(self._folder(output_dir))
 
-    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
-        """Train, or continue from a checkpoint folder with its masks (refused where they do not belong to it)."""
+    def train(
+        self, resume_from_checkpoint: Any = None, trial: Any = None, ignore_keys_for_eval: list[str] | None = None
+    ) -> Any:
+        """Train, or continue from a checkpoint folder with its masks."""
         if resume_from_checkpoint is not None:
             self.masking.load(Path(resume_from_checkpoint), self.args.device)
-        return super().train(resume_from_checkpoint, **kwargs)
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)

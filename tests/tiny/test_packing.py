@@ -50,11 +50,7 @@ def test_packed_logits_are_those_of_single_samples(tmp_path: Path) -> None:
             inputs = collate([{"input_ids": ids, "labels": labels, "pixel_values": picture}])
             supervised = (inputs.pop("labels")[0] != IGNORE_INDEX).nonzero()[:, 0]
             single = model(**inputs).logits[0, supervised - 1]
-            mine = [
-                k
-                for k, (row, column) in enumerate(at.tolist())
-                if row == i and batch.number[row, column] == n
-            ]
+            mine = [k for k, (row, column) in enumerate(at.tolist()) if row == i and batch.number[row, column] == n]
             assert torch.allclose(packed[mine], single, atol=1e-5)
 
 

@@ -83,9 +83,7 @@ class EveryStep(TrainerCallback):
             self.steps_checked += 1
 
 
-def test_nothing_off_the_mask_after_any_step(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_off_the_mask_after_any_step(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checks: list[EveryStep] = []
     build = entry.build_trainer
 
