@@ -23,16 +23,11 @@ MASKS_FILE = "sculpt_masks.safetensors"
 RUN_FILE = "run.json"
 
 
-def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The trained tensors by parameter name (LoRA and, when it trains, the connector): what a checkpoint must hold."""
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-
-
 def save_adapter(model: PeftModel, folder: Path, state: dict[str, torch.Tensor], base_name: str) -> None:
     """Write adapter_config.json, adapter_model.safetensors and, if it was trained, connector.safetensors.
 
     Args:
-        state: full tensors by parameter name, as `trainable_state` gives them (gathered, under ZeRO).
+        state: the trained tensors (LoRA and, when it trains, the connector) by parameter name, whole also under ZeRO.
         base_name: the base checkpoint, recorded for PEFT.
     """
     model.peft_config["default"].base_model_name_or_path = base_name

@@ -11,7 +11,7 @@ from llava_sculpt.sculpt.cmr import (
     conflict_terms,
     prepared_penalty,
 )
-from llava_sculpt.sculpt.masks import apply_masks_, kept_count, magnitude_mask, make_masks
+from llava_sculpt.sculpt.masks import kept_count, magnitude_mask
 from llava_sculpt.sculpt.retention import Retention, frobenius_norm, retention_mask
 from llava_sculpt.sculpt.schedule import SculptSchedule
 from llava_sculpt.sculpt.theory import density, density_tail_bound, expected_density, product_density
@@ -20,7 +20,6 @@ __all__ = [
     "Norm",
     "Retention",
     "SculptSchedule",
-    "apply_masks_",
     "conflict_penalty",
     "conflict_penalty_total",
     "conflict_terms",
@@ -30,7 +29,6 @@ __all__ = [
     "frobenius_norm",
     "kept_count",
     "magnitude_mask",
-    "make_masks",
     "prepared_penalty",
     "product_density",
     "retention_mask",

@@ -1,9 +1,8 @@
-"""SRR (Eq. 2-3): which entries of a LoRA matrix survive, and keeping the others at zero."""
+"""SRR (Eq. 2-3): which entries of a LoRA matrix survive."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from fractions import Fraction
 
 import torch
@@ -53,38 +52,3 @@ def magnitude_mask(x: Tensor, density: float) -> Tensor:
     ties = (magnitude == threshold).nonzero().squeeze(1)  # ascending flat indices
     mask[ties[: kept - int(mask.sum())]] = True
     return mask.view(x.shape)
-
-
-def make_masks(tensors: Mapping[str, Tensor], density: float) -> dict[str, Tensor]:
-    """One ``magnitude_mask`` per tensor (A and B of every layer ranked separately), under the same names.
-
-    The result is a plain dictionary of bool tensors: ``safetensors.torch.save_file`` stores it as it is.
-    Raises ValueError like ``magnitude_mask``, naming the tensor.
-    """
-    masks = {}
-    for name, tensor in tensors.items():
-        try:
-            masks[name] = magnitude_mask(tensor, density)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-    return masks
-
-
-@torch.no_grad()
-def apply_masks_(tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
-    """Set every masked-out entry to exactly 0, in place (``B * M_B``, ``A * M_A``); NaN there becomes 0 too.
-
-    ``tensors`` may be parameters, gradients or optimizer moments. Raises ValueError, before anything is
-    changed, unless both hold the same names and shapes: a mask silently not applied trains a dense model.
-    """
-    problems = [f"{name}: no mask" for name in tensors if name not in masks]
-    problems += [f"{name}: mask without a tensor" for name in masks if name not in tensors]
-    problems += [
-        f"{name}: tensor {tuple(tensor.shape)}, mask {tuple(masks[name].shape)}"
-        for name, tensor in tensors.items()
-        if name in masks and tensor.shape != masks[name].shape
-    ]
-    if problems:
-        raise ValueError("masks do not fit the tensors: " + "; ".join(problems))
-    for name, tensor in tensors.items():
-        tensor.masked_fill_(~masks[name].to(tensor.device), 0)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -46,11 +45,3 @@ class SculptSchedule:
             return int(self.warmup_steps)
         # Read as the decimal number it prints as: 0.07 of 100 steps is 7, not ceil(7.000000000000001) = 8.
         return math.ceil(Fraction(str(float(self.warmup_steps))) * self.total_steps)
-
-    def makes_masks(self, step: int) -> bool:
-        """Whether the masks are made before the forward pass of ``step``."""
-        return step == self.mask_step
-
-    def phase(self, step: int) -> Literal["dense", "sparse"]:
-        """Whether the forward pass of ``step`` is under the masks ("sparse") or not. CMR acts in both."""
-        return "sparse" if step >= self.mask_step else "dense"

@@ -52,7 +52,10 @@ class SculptCallback(TrainerCallback):
             if isinstance(optimizer, AcceleratedOptimizer):
                 optimizer = optimizer.optimizer
             for key, parameter in self.parameters.items():
-                mask = magnitude_mask(full_value(parameter), self.density)
+                try:
+                    mask = magnitude_mask(full_value(parameter), self.density)
+                except ValueError as error:
+                    raise UserError(f"step {state.global_step}: {key}: {error}; the training has diverged") from error
                 write_masked(parameter, mask, optimizer)
                 self._hold(key, mask)
 

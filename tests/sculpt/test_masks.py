@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llava_sculpt.sculpt import apply_masks_, kept_count, magnitude_mask, make_masks
+from llava_sculpt.sculpt import kept_count, magnitude_mask
 
 
 def slow_mask(x: torch.Tensor, kept: int) -> torch.Tensor:
@@ -82,38 +82,8 @@ def test_refuses_impossible_densities(density):
         magnitude_mask(torch.ones(3), density)
 
 
-def test_refuses_nan_and_empty_naming_the_tensor():
-    with pytest.raises(ValueError, match=r"layer\.q: .*NaN"):
-        make_masks({"layer.q": torch.tensor([1.0, math.nan])}, 0.5)
-    with pytest.raises(ValueError, match=r"layer\.q: .*empty"):
-        make_masks({"layer.q": torch.empty(0)}, 0.5)
-
-
-def test_apply_zeroes_exactly_and_keeps_the_rest():
-    tensors = {"a": torch.nn.Parameter(torch.randn(5, 4)), "b": torch.randn(3)}
-    tensors["b"][0] = math.nan
-    masks = {"a": magnitude_mask(tensors["a"], 0.3), "b": torch.tensor([False, True, False])}
-    before = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-    apply_masks_(tensors, masks)
-    for name, tensor in tensors.items():
-        assert torch.equal(tensor.detach()[masks[name]], before[name][masks[name]])
-        off = tensor.detach()[~masks[name]]
-        assert torch.equal(off, torch.zeros_like(off)) and not torch.signbit(off).any()
-
-
-def test_apply_refuses_masks_of_another_model_untouched():
-    tensors = {"a": torch.ones(4), "b": torch.ones(2)}
-    with pytest.raises(ValueError, match=r"b: tensor \(2,\), mask \(3,\)"):
-        apply_masks_(tensors, {"a": torch.zeros(4).bool(), "b": torch.zeros(3).bool()})
-    with pytest.raises(ValueError, match="b: no mask; c: mask without a tensor"):
-        apply_masks_(tensors, {"a": torch.zeros(4).bool(), "c": torch.zeros(2).bool()})
-    assert tensors["a"].sum() == 4
-
-
-def test_masks_go_through_safetensors(tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    masks = make_masks({"a": torch.randn(7, 3), "b": torch.randn(3, 5)}, 0.4)
-    save_file(masks, tmp_path / "masks.safetensors")
-    loaded = load_file(tmp_path / "masks.safetensors")
-    assert loaded.keys() == masks.keys() and all(torch.equal(loaded[name], masks[name]) for name in masks)
+def test_refuses_nan_and_empty():
+    with pytest.raises(ValueError, match="NaN"):
+        magnitude_mask(torch.tensor([1.0, math.nan]), 0.5)
+    with pytest.raises(ValueError, match="empty"):
+        magnitude_mask(torch.empty(0), 0.5)

@@ -25,12 +25,6 @@ def test_mask_step(warmup, total, mask_step):
     assert SculptSchedule(warmup, total).mask_step == mask_step
 
 
-def test_a_whole_training():
-    schedule = SculptSchedule(3, 6)
-    assert [schedule.phase(step) for step in range(6)] == ["dense"] * 3 + ["sparse"] * 3
-    assert [step for step in range(6) if schedule.makes_masks(step)] == [3]
-
-
 @pytest.mark.parametrize(
     ("warmup", "total"),
     [(0, 10), (-1, 10), (10, 10), (11, 10), (0.99, 10), (2.5, 10), (math.nan, 10), (math.inf, 10), (1, 1), (0.5, 0)],
