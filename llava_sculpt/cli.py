@@ -85,11 +85,10 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from llava_sculpt.evaluation.run import evaluate, load_tasks
+    from llava_sculpt.evaluation.run import evaluate, load_tasks, tasks_of
     from llava_sculpt.evaluation.table import format_details, format_table
-    from llava_sculpt.experiments.finetune import tasks_of
     from llava_sculpt.model.load import load_for_inference
-    from llava_sculpt.train.runs import write_json
+    from llava_sculpt.records import write_json
 
     tasks = tasks_of(options.tasks)
     load_tasks(tasks, options.data_root, options.split)
@@ -156,12 +155,25 @@ def _inspect(options: argparse.Namespace) -> int:
     return 0
 
 
+def _add_sweep(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("grid", type=Path, help="YAML file: task, split, runs (configs/grids/)")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with one thread (default 2)")
+    parser.add_argument("--out", type=Path, help="JSON file for the summary")
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from llava_sculpt.experiments.sweep import sweep
+
+    return sweep(options.grid, options.jobs, options.out)
+
+
 _Command = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]
 _COMMANDS: dict[str, _Command] = {
     "finetune": ("the main job: train, evaluate, table and figure", _add_finetune, _finetune),
     "train": ("fine-tune from one YAML", _add_train, _train),
     "eval": ("score a model on the prepared tasks", _add_eval, _eval),
     "prepare": ("official download -> training and question files", _add_prepare, _prepare),
+    "sweep": ("many runs of the tiny scale from one grid file", _add_sweep, _sweep),
     "inspect": ("densities of an adapter beside Theorem 3.1", _add_inspect, _inspect),
 }
 

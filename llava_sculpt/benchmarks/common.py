@@ -6,13 +6,13 @@ import hashlib
 import json
 import os
 import random
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from llava_sculpt.errors import UserError
+from llava_sculpt.records import file_sha256, write_atomically
 
 Record = dict[str, Any]
 T = TypeVar("T")
@@ -204,7 +204,7 @@ def write_prepared(out: Path, name: str, prepared: Prepared, *, seed: int, sampl
         "options": prepared.options,
         "prompt_style": prepared.prompt_style,
         "license": prepared.license,
-        "source_files": {path.name: _sha256_of_file(path) for path in prepared.sources},
+        "source_files": {path.name: file_sha256(path) for path in prepared.sources},
         "files": {file: _sha256(content) for file, content in files.items()},
     }
     manifest_path = out / MANIFEST
@@ -217,7 +217,7 @@ def write_prepared(out: Path, name: str, prepared: Prepared, *, seed: int, sampl
                 "Choose another --out, or pass --overwrite to replace it."
             )
         hashes = manifest["files"].items()
-        if all((out / file).is_file() and _sha256_of_file(out / file) == hashed for file, hashed in hashes):
+        if all((out / file).is_file() and file_sha256(out / file) == hashed for file, hashed in hashes):
             return manifest
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -230,22 +230,6 @@ def write_prepared(out: Path, name: str, prepared: Prepared, *, seed: int, sampl
     except OSError as error:
         raise UserError(f"{out}: cannot write the prepared data: {error}") from error
     return manifest
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside `path` and rename, so that `path` is never half written."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-        # mkstemp makes private files; prepared data should be as readable as any other file of the user.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def json_lines(records: Iterable[Record]) -> bytes:
@@ -269,11 +253,3 @@ def _json_bytes(content: Any) -> bytes:
 
 def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def _sha256_of_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        for block in iter(lambda: stream.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from llava_sculpt.benchmarks import SOURCES, TARGETS
-from llava_sculpt.benchmarks.common import MANIFEST, json_lines, load_json, write_atomically
+from llava_sculpt.benchmarks.common import MANIFEST, json_lines, load_json
 from llava_sculpt.data.images import ImagePreprocessor
 from llava_sculpt.data.tokenizer import LlavaTokenizer
 from llava_sculpt.errors import UserError
 from llava_sculpt.evaluation.generate import generate_answers
 from llava_sculpt.evaluation.scorers import Score, score_predictions
+from llava_sculpt.records import versions, write_atomically
 
 Results = dict[str, Any]
 TASKS = (*TARGETS, *SOURCES)
-_PACKAGES = ("torch", "transformers", "peft", "pillow", "sentencepiece", "pycocoevalcap")
 
 
 @dataclass(frozen=True)
@@ -37,6 +35,19 @@ class Task:
     image_folder: Path
     prompt_style: str
     fingerprint: str
+
+
+def tasks_of(name: str) -> list[str]:
+    """`all`, or a comma-separated list of task names.
+
+    Raises:
+        UserError: a name that is not a task.
+    """
+    names = list(TASKS) if name == "all" else [part.strip() for part in name.split(",") if part.strip()]
+    unknown = [part for part in names if part not in TASKS]
+    if unknown or not names:
+        raise UserError(f"--tasks: unknown {', '.join(unknown) or 'empty list'}; known: all, {', '.join(TASKS)}")
+    return names
 
 
 def load_tasks(names: Sequence[str], data_root: Path, split: str) -> list[Task]:
@@ -118,7 +129,7 @@ def evaluate(
         **summarise({name: entry["score"] for name, entry in scored.items()}, target),
         "settings": settings,
         "config_hash": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
-        "versions": _versions(),
+        "versions": versions(),
     }
 
 
@@ -208,13 +219,3 @@ def _entry(score: Score, metadata: Mapping[str, Any]) -> dict[str, Any]:
         **metadata,
         **score.extra,
     }
-
-
-def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in ("llava-sculpt", *_PACKAGES):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from llava_sculpt.benchmarks import SOURCES, TARGETS
+from llava_sculpt.benchmarks import SOURCES
 from llava_sculpt.errors import UserError
 from llava_sculpt.evaluation.figure import plot_source_target
 from llava_sculpt.evaluation.run import evaluate, load_tasks
@@ -24,7 +24,7 @@ from llava_sculpt.experiments.tiny_data import prepare_tiny_world
 from llava_sculpt.model.adapter import read_run
 from llava_sculpt.model.checkpoint import BaseCheckpoint, find_base_checkpoint
 from llava_sculpt.model.load import load_for_inference
-from llava_sculpt.train.runs import write_json
+from llava_sculpt.records import write_json
 from llava_sculpt.train.train import main as train_main
 
 PAPER_MODEL = "llava-hf/llava-1.5-7b-hf"
@@ -182,17 +182,3 @@ def _show(task: str, scale: str, folder: Path, zero_shot: dict[str, Any], result
         title=f"{task}, {scale} scale",
     )
     print(f"\n{format_table(rows)}\n\nfigure: {figure}\nresults: {folder / 'results.json'}")
-
-
-def tasks_of(name: str) -> list[str]:
-    """`all`, or a comma-separated list of task names.
-
-    Raises:
-        UserError: a name that is not a task.
-    """
-    known = (*TARGETS, *SOURCES)
-    names = list(known) if name == "all" else [part.strip() for part in name.split(",") if part.strip()]
-    unknown = [part for part in names if part not in known]
-    if unknown or not names:
-        raise UserError(f"--tasks: unknown {', '.join(unknown) or 'empty list'}; known: all, {', '.join(known)}")
-    return names

@@ -11,8 +11,8 @@ from typing import Any
 import llava_sculpt.benchmarks
 import llava_sculpt.tiny
 from llava_sculpt.benchmarks import SOURCES, TARGETS, prepare_benchmark
+from llava_sculpt.records import write_json
 from llava_sculpt.tiny.world import write_raw_world
-from llava_sculpt.train.runs import write_json
 
 # The tiny model answers with words: a learnt letter does not train at its size, and OCR tokens in the prompt would
 # answer its TextVQA by themselves.

@@ -25,7 +25,7 @@ from llava_sculpt.tiny.tower import normalise, patch_features, pictures_and_tags
 
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # CLIP's
 PICTURES = {"gqa": 14_000, "okvqa": 6_000, "ocrvqa": 6_000, "textvqa": 6_000}
-TOWER_STEPS, LANGUAGE_STEPS = 1200, 2300
+TOWER_STEPS, LANGUAGE_STEPS = 1200, 2400
 LAYERS, HEADS, WIDTH, FEED_FORWARD = 4, 4, 160, 416
 INITIAL_STD = 0.08  # 1 / sqrt(WIDTH); with the usual 0.02 so narrow a model needs twice the steps
 TOWER_LAYERS, TOWER_WIDTH = 3, 128

@@ -2,58 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import platform
 import shutil
-import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-import llava_sculpt
 from llava_sculpt.errors import UserError
 from llava_sculpt.model.adapter import RUN_FILE, read_run
+from llava_sculpt.records import write_json
 
 SAVING = ".saving"  # where a checkpoint is written before it is published
 COMPLETE = "complete.json"  # written last: names and sizes of everything in the checkpoint
-
-_PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "deepspeed", "bitsandbytes")
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Write JSON so that the file is never seen half written."""
-    aside = file.with_name(file.name + ".tmp")
-    aside.write_text(json.dumps(value, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
-    os.replace(aside, file)
-
-
-def versions() -> dict[str, str]:
-    """Versions of what results depend on, and the git commit of this repository if it is one."""
-    found = {"llava_sculpt": llava_sculpt.__version__, "python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
-    if commit.returncode == 0:
-        found["git_commit"] = commit.stdout.strip()
-    return found
-
-
-def file_sha256(path: str | Path) -> str:
-    """sha256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def publish_checkpoint(output_dir: Path, step: int, keep: int | None) -> None:

@@ -32,9 +32,10 @@ from llava_sculpt.model.adapter import ADAPTER_FILE, RUN_FILE, read_run, read_te
 from llava_sculpt.model.checkpoint import BaseCheckpoint, find_base_checkpoint
 from llava_sculpt.model.load import load_base
 from llava_sculpt.model.lora import inject_lora
+from llava_sculpt.records import file_sha256, versions, write_json
 from llava_sculpt.sculpt import SculptSchedule
 from llava_sculpt.train.callback import check_masks
-from llava_sculpt.train.runs import checkpoint_step, file_sha256, last_checkpoint, open_run, versions, write_json
+from llava_sculpt.train.runs import checkpoint_step, last_checkpoint, open_run
 from llava_sculpt.train.trainer import LLaVASculptTrainer, LLaVATrainer
 
 INTERRUPTED = 130  # the shell's exit code for ctrl-C
