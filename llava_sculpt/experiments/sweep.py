@@ -73,10 +73,14 @@ def read_grid(file: Path) -> tuple[list[Run], str]:
         problems.append(f"{file}: split: {grid['split']!r} is neither val nor test")
     found: dict[Run, None] = {}
     for number, entry in enumerate(grid["runs"] if isinstance(grid["runs"], list) else [], 1):
-        if not isinstance(entry, dict) or entry.get("method") not in METHODS or "seed" not in entry:
-            problems.append(f"{file}: runs, entry {number}: needs method ({' or '.join(METHODS)}) and seed")
+        if not isinstance(entry, dict) or not {"method", "seed"} <= entry.keys():
+            problems.append(f"{file}: runs, entry {number}: needs method and seed")
             continue
         lists = {key: value if isinstance(value, list) else [value] for key, value in entry.items()}
+        unknown = [str(method) for method in lists["method"] if method not in METHODS]
+        if unknown:
+            problems.append(f"{file}: runs, entry {number}: method: {', '.join(unknown)} is not {' or '.join(METHODS)}")
+            continue
         for values in itertools.product(*lists.values()):
             chosen = dict(zip(lists, values, strict=True))
             method, seed = chosen.pop("method"), chosen.pop("seed")

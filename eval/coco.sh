@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Score a model on coco: bash eval/coco.sh MODEL [flags of `llava-sculpt eval`]
+set -euo pipefail
+# shellcheck source=scripts/env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../scripts/env.sh"
+exec python -m llava_sculpt.cli eval --tasks coco --model "$@"
