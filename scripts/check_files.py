@@ -23,7 +23,9 @@ def problems_of(path: Path) -> list[str]:
             yaml.safe_load(path.read_text())
             if path.parts[0] == "configs":
                 # bf16 is refused where there is no hardware for it; deepspeed where it is not installed.
-                parse_config(["--config", str(path), *_PRESENT, "--bf16", "False", "--deepspeed", "", "--tf32", ""])
+                parse_config(
+                    ["--config", str(path), *_PRESENT, "--bf16", "False", "--deepspeed", "", "--tf32", "False"]
+                )
         elif path.suffix == ".json":
             json.loads(path.read_text())
         elif path.suffix == ".sh" or path == Path(".ci/run"):
