@@ -11,6 +11,7 @@ import yaml
 
 from llava_sculpt.config import parse_config
 from llava_sculpt.errors import UserError
+from llava_sculpt.experiments.sweep import read_grid
 
 # A configuration is checked with these in place of what is generated or downloaded later.
 _PRESENT = ["--model_name_or_path", ".", "--data_path", "pyproject.toml", "--image_folder", ".", "--output_dir", "x"]
@@ -21,7 +22,9 @@ def problems_of(path: Path) -> list[str]:
     try:
         if path.suffix in (".yaml", ".yml"):
             yaml.safe_load(path.read_text())
-            if path.parts[0] == "configs":
+            if path.parts[:2] == ("configs", "grids"):
+                read_grid(path)
+            elif path.parts[0] == "configs":
                 # bf16 is refused where there is no hardware for it; deepspeed where it is not installed.
                 parse_config(
                     ["--config", str(path), *_PRESENT, "--bf16", "False", "--deepspeed", "", "--tf32", "False"]
