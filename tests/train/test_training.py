@@ -131,3 +131,16 @@ def test_connector_modes(train: Train, tmp_path: Path) -> None:
     assert any(record["cmr_connector"] > 0 for record in log_of(tmp_path / "sculpt"))
     assert "cmr_connector" not in log_of(tmp_path / "lora")[0]
     assert not same_files(tmp_path / "lora", tmp_path / "sculpt", (ADAPTER_FILE,))
+
+
+def test_stock_peft_loads_the_adapter(finished: Path, checkpoint: Path) -> None:
+    """PEFT alone, without this package, computes with the trained and pruned matrices."""
+    from peft import PeftModel
+    from transformers import LlavaForConditionalGeneration
+
+    base = LlavaForConditionalGeneration.from_pretrained(checkpoint)
+    loaded = PeftModel.from_pretrained(base, str(finished))
+    saved = load_file(finished / ADAPTER_FILE)
+    weights = {name.replace(".default", ""): value for name, value in loaded.state_dict().items() if "lora_" in name}
+    assert weights.keys() == saved.keys()
+    assert all(torch.equal(weights[name], saved[name]) for name in saved)

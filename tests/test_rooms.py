@@ -1,0 +1,53 @@
+"""Imports point one way: every room knows only the rooms below it."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "llava_sculpt"
+BELOW = {
+    "sculpt": set(),
+    "data": {"errors"},
+    "model": {"errors", "data", "sculpt"},
+    "benchmarks": {"errors", "records"},
+    "evaluation": {"errors", "records", "data", "benchmarks"},
+    "train": {"errors", "records", "config", "data", "model", "sculpt"},
+    "tiny": {"errors", "data", "benchmarks"},
+    "experiments": {"errors", "records", "config", "model", "benchmarks", "evaluation", "train", "tiny"},
+}
+
+
+def rooms_used(file: Path) -> set[str]:
+    names = []
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names.append(node.module)
+        elif isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+    return {name.split(".")[1] for name in names if name.startswith("llava_sculpt.")}
+
+
+@pytest.mark.parametrize("room", BELOW)
+def test_room_knows_only_what_is_below(room: str) -> None:
+    used = set().union(*(rooms_used(file) for file in (PACKAGE / room).rglob("*.py")))
+    assert used - {room} <= BELOW[room]
+
+
+def test_every_room_is_listed() -> None:
+    assert {folder.name for folder in PACKAGE.iterdir() if (folder / "__init__.py").is_file()} == set(BELOW)
+
+
+def test_deepspeed_is_known_to_one_module_and_the_method_to_torch_alone() -> None:
+    for file in PACKAGE.rglob("*.py"):
+        imported = [
+            (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name) or ""
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+            if isinstance(node, (ast.Import, ast.ImportFrom))
+        ]
+        if any(name.split(".")[0] == "deepspeed" for name in imported):
+            assert file == PACKAGE / "train" / "zero.py"
+        if file.parent.name == "sculpt":
+            assert not any(name.split(".")[0] in ("transformers", "peft", "accelerate") for name in imported)

@@ -1,0 +1,130 @@
+"""Bad input ends with exit code 2 and one message that names the fix; nothing is written over."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llava_sculpt.train.train import main
+from tests.conftest import make_checkpoint
+from tests.train.conftest import Train
+from tests.train.test_training import same_files
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"sculpt_density": 0}, "sculpt_density"),
+        ({"sculpt_density": 1.5}, "sculpt_density"),
+        ({"sculpt_omega": -1}, "sculpt_omega"),
+        ({"sculpt_warmup_steps": 18}, "sculpt_warmup_steps"),
+        ({"sculpt_warmup_steps": 0}, "sculpt_warmup_steps"),
+        ({"lora_r": 33}, "lora_r"),
+        ({"lora_r": 0}, "lora_r"),
+        ({"lora_r": "many"}, "lora_r"),
+        ({"learning_rate": -1}, "learning_rate"),
+        ({"data_path": "nowhere.json"}, "nowhere.json"),
+        ({"image_folder": "nowhere"}, "nowhere"),
+        ({"model_name_or_path": "nowhere"}, "nowhere"),
+    ],
+)
+def test_one_clear_message_and_nothing_written(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict, words: str
+) -> None:
+    assert train(tmp_path / "run", **change) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert errors and words in errors[0], errors
+    assert not (tmp_path / "run").exists()
+
+
+def test_all_configuration_errors_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump({"lora_rank": 8, "sculpt_density": 2, "learning_rate": "fast"}))
+    assert main(["--config", str(file)]) == 2
+    errors = capsys.readouterr().err
+    assert all(words in errors for words in ("unknown key lora_rank", "sculpt_density", "learning_rate"))
+
+
+def test_broken_weights_are_told_before_training(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = make_checkpoint(tmp_path / "base")
+    weights = base / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert train(tmp_path / "run", model_name_or_path=base) == 2
+    assert "model.safetensors" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_folders_that_hold_something_else(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "cat.png").write_bytes(b"meow")
+    assert train(folder) == 2
+    assert "not empty" in capsys.readouterr().err
+    assert {file.name for file in folder.iterdir()} == {"cat.png"}
+
+    assert train(folder / "cat.png" / "run") == 2  # as a folder without write permission
+    assert "cannot write" in capsys.readouterr().err
+
+
+def test_resume_on_another_base_is_refused(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(tmp_path / "run", max_steps=6, save_steps=2) == 0
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**record, "status": "running"}))
+    other = make_checkpoint(tmp_path / "other", seed=1)
+    assert train(tmp_path / "run", max_steps=6, save_steps=2, model_name_or_path=other) == 2
+    assert "holds another run" in capsys.readouterr().err
+
+
+def test_full_disk(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert train(tmp_path / "whole", max_steps=8, save_steps=3) == 0
+    capsys.readouterr()
+
+    def no_room_for_the_second(source: Path, target: Path, replace=os.replace) -> None:
+        if Path(target).name == "checkpoint-6":
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("llava_sculpt.train.runs.os.replace", no_room_for_the_second)
+        assert train(tmp_path / "run", max_steps=8, save_steps=3) == 2
+    message = capsys.readouterr().err
+    assert "No space left" in message and "checkpoint of step 6" in message
+    assert (tmp_path / "run" / "checkpoint-3").is_dir()
+    assert train(tmp_path / "run", max_steps=8, save_steps=3) == 0
+    assert same_files(tmp_path / "whole", tmp_path / "run")
+
+
+def test_ctrl_c_leaves_a_state_to_continue(flags: dict[str, str], tmp_path: Path) -> None:
+    """The real command, interrupted as a terminal does it."""
+    folder = tmp_path / "run"
+    given = {**flags, "output_dir": str(folder), "num_train_epochs": "30", "save_steps": "1", "save_total_limit": "2"}
+    command = [sys.executable, "-m", "llava_sculpt.train.train"]
+    command += [word for key, value in given.items() for word in (f"--{key}", value)]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.time() + 120
+    while not list(folder.glob("checkpoint-*")) and time.time() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors and "give the same command again" in errors
+    assert json.loads((folder / "run.json").read_text())["status"] == "running"
+    assert list(folder.glob("checkpoint-*"))
