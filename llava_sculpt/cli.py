@@ -158,7 +158,7 @@ def _inspect(options: argparse.Namespace) -> int:
 def _add_sweep(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("grid", type=Path, help="YAML file: task, split, runs (configs/grids/)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with one thread (default 2)")
-    parser.add_argument("--out", type=Path, help="JSON file for the summary")
+    parser.add_argument("--out", type=Path, help="JSON file for the summary; a figure goes beside it")
 
 
 def _sweep(options: argparse.Namespace) -> int:

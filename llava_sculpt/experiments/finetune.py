@@ -45,7 +45,7 @@ def missing_for_paper(task: str) -> list[str]:
     try:
         find_base_checkpoint(PAPER_MODEL)
     except UserError:
-        missing.append(f"the base model: huggingface-cli download {PAPER_MODEL}")
+        missing.append(f"the base model: hf download {PAPER_MODEL}")
     for name in (task, *SOURCES):
         if not (DATA["paper"] / name / "manifest.json").is_file():
             missing.append(f"data/{name}: llava-sculpt prepare {name} --raw DOWNLOADED --out data/{name}")

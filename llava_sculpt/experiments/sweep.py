@@ -23,6 +23,7 @@ import yaml
 from llava_sculpt.benchmarks import SOURCES, TARGETS
 from llava_sculpt.config import METHODS
 from llava_sculpt.errors import UserError
+from llava_sculpt.evaluation.figure import plot_source_target
 from llava_sculpt.experiments.tiny_data import prepare_tiny_world
 from llava_sculpt.records import write_json
 
@@ -94,7 +95,7 @@ def sweep(file: Path, jobs: int, out: Path | None) -> int:
     """Do what a grid file asks for, `jobs` runs at a time with one thread each, and print the table.
 
     Args:
-        out: JSON file for the summary, or None.
+        out: JSON file for the summary (the figure goes beside it as .png), or None.
 
     Returns:
         0, or 1 if a run failed (its log is named; the others are done all the same).
@@ -114,8 +115,16 @@ def sweep(file: Path, jobs: int, out: Path | None) -> int:
     summary = summarise(runs, root, split)
     print(f"\n{format_summary(summary)}")
     if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, summary)
-        print(f"\nsummary: {out}")
+        points = [
+            (label, seed["source"], seed["target"])
+            for label, row in summary["runs"].items()
+            for seed in row["seeds"].values()
+        ]
+        figure = out.with_suffix(".png")
+        plot_source_target(points, figure, target_name=summary["task"], title=f"{summary['task']}, tiny scale, {split}")
+        print(f"\nsummary: {out}\nfigure: {figure}")
     for log in failed:
         print(f"error: a run failed, see {log}", file=sys.stderr)
     return 1 if failed else 0
