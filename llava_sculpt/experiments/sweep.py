@@ -28,6 +28,7 @@ from llava_sculpt.experiments.tiny_data import prepare_tiny_world
 from llava_sculpt.records import write_json
 
 _SCORES = ("source", "target", "avg")
+_LABELLED = 6  # points of a figure that can carry their settings as labels; with more, the method alone
 # Student's t, 97.5 %, for 1 to 9 degrees of freedom.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -117,8 +118,9 @@ def sweep(file: Path, jobs: int, out: Path | None) -> int:
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, summary)
+        crowded = len(summary["runs"]) > _LABELLED
         points = [
-            (label, seed["source"], seed["target"])
+            (row["method"] if crowded else label, seed["source"], seed["target"])
             for label, row in summary["runs"].items()
             for seed in row["seeds"].values()
         ]
