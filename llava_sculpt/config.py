@@ -283,7 +283,7 @@ def _cpu_processes(deepspeed: bool) -> dict[str, Any]:
     os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     PartialState(backend="gloo")
-    return {"accelerator_config": {"use_configured_state": True}}
+    return {"use_cpu": True, "accelerator_config": {"use_configured_state": True}}
 
 
 def _impossible_values(

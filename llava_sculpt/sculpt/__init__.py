@@ -1,7 +1,8 @@
 """LoRASculpt, the method: pure torch, knowing LoRA pairs (A, B, W) and nothing of models or trainers.
 
-``masks``: which entries survive (SRR). ``retention`` and ``cmr``: the regularizer (RKH). ``schedule``:
-Algorithm 1. ``theory``: the density theorems. docs/method.md has the table from equations to functions.
+``masks``: which entries survive (SRR). ``retention`` and ``cmr``: the regularizer (RKH); ``partitioned``: the same
+where W lies in pieces over the processes. ``schedule``: Algorithm 1. ``theory``: the density theorems.
+docs/method.md has the table from equations to functions.
 """
 
 from llava_sculpt.sculpt.cmr import (
@@ -12,6 +13,7 @@ from llava_sculpt.sculpt.cmr import (
     prepared_penalty,
 )
 from llava_sculpt.sculpt.masks import kept_count, magnitude_mask
+from llava_sculpt.sculpt.partitioned import WeightPiece, partitioned_penalties, partitioned_retentions
 from llava_sculpt.sculpt.retention import Retention, frobenius_norm, retention_mask
 from llava_sculpt.sculpt.schedule import SculptSchedule
 from llava_sculpt.sculpt.theory import density, density_tail_bound, expected_density, product_density
@@ -20,6 +22,7 @@ __all__ = [
     "Norm",
     "Retention",
     "SculptSchedule",
+    "WeightPiece",
     "conflict_penalty",
     "conflict_penalty_total",
     "conflict_terms",
@@ -29,6 +32,8 @@ __all__ = [
     "frobenius_norm",
     "kept_count",
     "magnitude_mask",
+    "partitioned_penalties",
+    "partitioned_retentions",
     "prepared_penalty",
     "product_density",
     "retention_mask",

@@ -80,7 +80,7 @@ class _ConflictPenalty(torch.autograd.Function):
     def forward(ctx: Any, lora_A: Tensor, lora_B: Tensor, weight: Tensor, retention: Retention, norm: Norm) -> Tensor:
         # L is homogeneous in A and in B. With each measured in units of its largest entry (a power of two, so
         # this is exact) no product leaves float32's range, however small the adapter still is.
-        unit_A, unit_B = _power_of_two_below(lora_A), _power_of_two_below(lora_B)
+        unit_A, unit_B = power_of_two_below(lora_A), power_of_two_below(lora_B)
         value, grad_A, grad_B = conflict_terms(
             lora_A.float() / unit_A, lora_B.float() / unit_B, weight, retention, norm
         )
@@ -153,7 +153,7 @@ def conflict_penalty_total(
     return stacked.mean() if reduction == "mean" else stacked.sum()
 
 
-def _power_of_two_below(x: Tensor) -> Tensor:
+def power_of_two_below(x: Tensor) -> Tensor:
     """The largest power of two not above the largest magnitude of ``x``; 1/2 for zeros."""
     exponent = torch.frexp(x.detach().float().abs().amax()).exponent
     return torch.ldexp(torch.ones((), device=x.device), exponent - 1)

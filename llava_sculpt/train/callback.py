@@ -15,7 +15,7 @@ from llava_sculpt.errors import UserError
 from llava_sculpt.model.adapter import ADAPTER_FILE, MASKS_FILE, read_tensors
 from llava_sculpt.model.lora import LoraPair
 from llava_sculpt.sculpt import SculptSchedule, kept_count, magnitude_mask
-from llava_sculpt.train.zero import full_value, write_masked
+from llava_sculpt.train.zero import full_value, nonzero_entries, write_masked
 
 
 class SculptCallback(TrainerCallback):
@@ -36,6 +36,7 @@ class SculptCallback(TrainerCallback):
         self.warmup_steps = warmup_steps
         self.parameters = dict(entry for pair in pairs for entry in pair.parameters())
         self.masks: dict[str, torch.Tensor] = {}
+        self._entries = sum(parameter.numel() for parameter in self.parameters.values())
         self._schedule: SculptSchedule | None = None
 
     def on_train_begin(
@@ -75,9 +76,8 @@ class SculptCallback(TrainerCallback):
                 self._hold(key, mask.to(device))
 
     def measured_density(self) -> float:
-        """Fraction of non-zero entries over all pruned matrices, counted in the weights."""
-        total = sum(p.numel() for p in self.parameters.values())
-        return sum(int(torch.count_nonzero(p.detach())) for p in self.parameters.values()) / max(total, 1)
+        """Fraction of non-zero entries over all pruned matrices, counted in the weights. Collective under ZeRO-3."""
+        return nonzero_entries(self.parameters.values()) / max(self._entries, 1)
 
 
 def check_masks(checkpoint: Path, step: int, schedule: SculptSchedule, density: float) -> None:

@@ -37,6 +37,7 @@ from llava_sculpt.sculpt import SculptSchedule
 from llava_sculpt.train.callback import check_masks
 from llava_sculpt.train.runs import checkpoint_step, last_checkpoint, open_run
 from llava_sculpt.train.trainer import LLaVASculptTrainer, LLaVATrainer
+from llava_sculpt.train.zero import engine_of_checkpoint
 
 INTERRUPTED = 130  # the shell's exit code for ctrl-C
 
@@ -72,7 +73,7 @@ def train(config: Config) -> int:
 
     output_dir = Path(config.training.output_dir)
     record = _describe(config, checkpoint, len(dataset), steps)
-    with config.training.main_process_first(desc="claiming the output folder"):
+    with config.training.main_process_first(local=False, desc="claiming the output folder"):
         state = open_run(output_dir, record) if config.training.should_save else "new"
     if config.training.world_size > 1:
         state = read_run(output_dir).get("status", state)
@@ -128,6 +129,9 @@ def optimizer_steps(config: Config, samples: int) -> int:
 
 def _check_against_data(config: Config, checkpoint: BaseCheckpoint, steps: int) -> None:
     problems = []
+    plugin = config.training.deepspeed_plugin
+    if config.model.bits != 16 and plugin is not None and plugin.zero_stage == 3:
+        problems.append(f"bits: {config.model.bits} does not go with ZeRO-3; use configs/zero2.json, or bits: 16")
     if config.model.lora_r > checkpoint.smallest_dimension:
         problems.append(
             f"lora_r: {config.model.lora_r} is above the smallest dimension of the adapted matrices "
@@ -144,9 +148,24 @@ def _check_against_data(config: Config, checkpoint: BaseCheckpoint, steps: int) 
 
 def _check_resume(config: Config, checkpoint: Path, steps: int) -> None:
     read_tensors(checkpoint / ADAPTER_FILE)
+    _check_engine(config, checkpoint)
     if config.sculpt.method == "sculpt":
         schedule = SculptSchedule(config.sculpt.sculpt_warmup_steps, steps)
         check_masks(checkpoint, checkpoint_step(checkpoint), schedule, config.sculpt.sculpt_density)
+
+
+def _check_engine(config: Config, checkpoint: Path) -> None:
+    """DeepSpeed's optimizer state is cut for one ZeRO stage and one number of processes."""
+    here = None
+    if config.training.deepspeed_plugin is not None:
+        here = config.training.deepspeed_plugin.zero_stage, config.training.world_size
+    there = engine_of_checkpoint(checkpoint)
+    if there != here:
+        names = [
+            f"DeepSpeed ZeRO-{engine[0]} with {engine[1]} processes" if engine else "no DeepSpeed"
+            for engine in (there, here)
+        ]
+        raise UserError(f"{checkpoint}: written by {names[0]}, this launch is {names[1]}: launch it as before")
 
 
 def _describe(config: Config, checkpoint: BaseCheckpoint, samples: int, steps: int) -> dict[str, Any]:
@@ -193,6 +212,11 @@ def build_trainer(config: Config, checkpoint: BaseCheckpoint, dataset: LlavaData
         dropout=model_arguments.lora_dropout,
         connector=model_arguments.connector,
     )
+    if arguments.deepspeed_plugin is not None:
+        # DeepSpeed keeps float32 masters itself; ZeRO-3 asks for working copies of one dtype.
+        for parameter in peft_model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
     collator = TrainCollator(
         checkpoint.pad_token_id,
         checkpoint.image_token_id,

@@ -190,8 +190,8 @@ class LLaVASculptTrainer(LLaVATrainer):
     """LoRASculpt: LLaVATrainer with the regularizer in the loss and the masks in a callback (Algorithm 1).
 
     The regularizer is added once per optimizer step, in the micro-step that ends it, so it costs and counts the same
-    however the step is split by gradient accumulation. Each process adds the whole term; gradient averaging over
-    processes leaves it as it is.
+    however the step is split by gradient accumulation. Each process adds its share (`ConflictRegularizer`); gradient
+    averaging over the processes makes it the whole term.
     """
 
     def __init__(self, model: PeftModel, config: Config, train_dataset: Any, data_collator: Any) -> None:
@@ -223,9 +223,9 @@ class LLaVASculptTrainer(LLaVATrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs["cmr_llm"] = self.regularizer.cmr_llm
+            logs["cmr_llm"] = float(self.regularizer.cmr_llm)
             if self.config.model.connector == "sculpt":
-                logs["cmr_connector"] = self.regularizer.cmr_connector
+                logs["cmr_connector"] = float(self.regularizer.cmr_connector)
             logs["density"] = self.masking.measured_density()
         super().log(logs, start_time)
 

@@ -8,14 +8,71 @@ the sharded fp32 ones, so the next forward would still see old values: here all 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import distributed as dist
 from torch import nn
+
+from llava_sculpt.errors import UserError
 
 
 def is_zero_parameter(parameter: nn.Parameter) -> bool:
     """Whether DeepSpeed's ZeRO optimizer keeps a master copy of this parameter."""
-    return hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")
+    return hasattr(parameter, "_hp_mapping") or is_partitioned(parameter)
+
+
+def is_partitioned(parameter: torch.Tensor) -> bool:
+    """Whether each process holds only a piece of this parameter (ZeRO-3)."""
+    return hasattr(parameter, "ds_id")
+
+
+def local_piece(parameter: Any) -> tuple[torch.Tensor, int]:
+    """This process's piece of a ZeRO-3 parameter: (flat working copy, index of its first entry in the whole).
+
+    Raises:
+        UserError: the piece is on NVMe.
+    """
+    piece = parameter.ds_tensor
+    if piece.numel() < piece.ds_numel:
+        raise UserError("deepspeed: LoRASculpt cannot train with parameters offloaded to NVMe; use device cpu or none")
+    start = piece.ds_numel * dist.get_rank(parameter.ds_process_group)
+    # The last piece is padded with uninitialised memory.
+    return piece.detach().flatten()[: max(0, parameter.ds_numel - start)], start
+
+
+def gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
+    """Inside, ZeRO-3 parameters are whole on every process, for reading. Collective."""
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters)
+
+
+def nonzero_entries(parameters: Iterable[nn.Parameter]) -> int:
+    """Non-zero entries over all parameters, counted in the working copies. Collective under ZeRO-3."""
+    whole = in_pieces = 0
+    device, partitioned = torch.device("cpu"), False
+    for parameter in parameters:
+        if is_partitioned(parameter):
+            partitioned, device = True, parameter.device
+            in_pieces += int(torch.count_nonzero(local_piece(parameter)[0]))
+        else:
+            whole += int(torch.count_nonzero(parameter.detach()))
+    if partitioned:
+        total = torch.tensor(in_pieces, device=device)
+        dist.all_reduce(total)
+        in_pieces = int(total)
+    return whole + in_pieces
+
+
+def engine_of_checkpoint(checkpoint: Path) -> tuple[int, int] | None:
+    """(ZeRO stage, processes) that wrote a checkpoint, None if DeepSpeed did not. DeepSpeed's file names tell."""
+    processes = len(list(checkpoint.glob("global_step*/*zero_pp_rank_*_optim_states.pt")))
+    if processes == 0:
+        return None
+    return (3 if any(checkpoint.glob("global_step*/zero_pp_rank_*_model_states.pt")) else 2), processes
 
 
 def full_value(parameter: nn.Parameter) -> torch.Tensor:
@@ -32,16 +89,14 @@ def full_value(parameter: nn.Parameter) -> torch.Tensor:
 
 def gather_working_copies(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, torch.Tensor]:
     """Full working copies by name: what the forward pass computes with, and what is saved. Collective under ZeRO-3."""
-    gathered = {}
+    copies = {}
     for name, parameter in named:
-        if hasattr(parameter, "ds_id"):
-            import deepspeed
-
-            with deepspeed.zero.GatheredParameters([parameter]):
-                gathered[name] = parameter.detach().clone()
+        if is_partitioned(parameter):
+            with gathered([parameter]):
+                copies[name] = parameter.detach().clone()
         else:
-            gathered[name] = parameter.detach()
-    return gathered
+            copies[name] = parameter.detach()
+    return copies
 
 
 @torch.no_grad()
@@ -51,10 +106,11 @@ def write_masked(parameter: nn.Parameter, mask: torch.Tensor, optimizer: torch.o
     Args:
         parameter: shape (m, n) (empty between forwards under ZeRO-3).
         mask: bool (m, n), True where kept, on the parameter's device.
-        optimizer: the torch optimizer (innermost) that updates the parameter. Collective under ZeRO.
+        optimizer: what updates the parameter: the torch optimizer, or DeepSpeed's ZeRO optimizer. Collective under
+            ZeRO. At least one step must have been taken.
     """
     if is_zero_parameter(parameter):
-        _write_masked_zero(parameter, mask)
+        _write_masked_zero(parameter, mask, optimizer)
         return
     parameter.masked_fill_(~mask, 0)
     for value in optimizer.state.get(parameter, {}).values():
@@ -62,7 +118,7 @@ def write_masked(parameter: nn.Parameter, mask: torch.Tensor, optimizer: torch.o
             value.masked_fill_(~mask, 0)
 
 
-def _write_masked_zero(parameter: nn.Parameter, mask: torch.Tensor) -> None:
+def _write_masked_zero(parameter: nn.Parameter, mask: torch.Tensor, optimizer: Any) -> None:
     import deepspeed
     from deepspeed.utils import (
         safe_get_full_fp32_param,
@@ -71,12 +127,13 @@ def _write_masked_zero(parameter: nn.Parameter, mask: torch.Tensor) -> None:
         safe_set_full_optimizer_state,
     )
 
+    if not is_partitioned(parameter):  # right after a resume ZeRO-2 has the moments but has not linked them yet
+        optimizer._lazy_init_hp_params_optimizer_state()
     safe_set_full_fp32_param(parameter, safe_get_full_fp32_param(parameter).masked_fill(~mask, 0))
     for moment in ("exp_avg", "exp_avg_sq"):
         value = safe_get_full_optimizer_state(parameter, moment)
-        if value is not None:  # no optimizer step was taken yet
-            safe_set_full_optimizer_state(parameter, value.masked_fill(~mask, 0), moment)
-    if hasattr(parameter, "ds_id"):
+        safe_set_full_optimizer_state(parameter, value.masked_fill(~mask, 0), moment)
+    if is_partitioned(parameter):
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             parameter.masked_fill_(~mask, 0)
     else:

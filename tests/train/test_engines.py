@@ -1,48 +1,243 @@
-"""The real launchers: DeepSpeed ZeRO-2 and torchrun with two processes train what one process trains."""
+"""The real launchers and engines: however a run is split over processes, it is the same run."""
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
-from llava_sculpt.model.adapter import ADAPTER_FILE, MASKS_FILE
+from llava_sculpt.model.adapter import ADAPTER_FILE, CONNECTOR_FILE, MASKS_FILE
+from tests.train.test_resume import cut_off_after
+from tests.train.test_training import log_of, same_files
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
-ENTRY = str(ROOT / "llava_sculpt" / "train" / "train.py")
 BIN = Path(sys.executable).parent
+STEPS, MASK_STEP = 8, 5
+
+PYTHON = [sys.executable]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+DEEPSPEED = [str(BIN / "deepspeed"), "--num_gpus", "2"]
+ACCELERATE = [str(BIN / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2"]
+needs_deepspeed = pytest.mark.skipif(
+    find_spec("deepspeed") is None or shutil.which("deepspeed", path=str(BIN)) is None, reason="needs deepspeed"
+)
 
 
-def launch(command: list[str], flags: dict[str, str], output_dir: Path) -> None:
-    given = {**flags, "output_dir": str(output_dir), "max_steps": "8", "lora_dropout": "0"}
+def zero(name: str) -> dict[str, str]:
+    return {"deepspeed": str(ROOT / "configs" / f"{name}.json")}
+
+
+def start(command: list[str], flags: dict[str, str], output_dir: Path) -> subprocess.Popen[str]:
+    given = {**flags, "output_dir": str(output_dir), "max_steps": str(STEPS), "lora_dropout": "0"}
     words = [word for key, value in given.items() for word in (f"--{key}", value)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": f"{BIN}:{os.environ['PATH']}"}
-    done = subprocess.run([*command, ENTRY, *words], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    # DS_ACCELERATOR is not set: on a machine without a GPU there must be no variable to remember.
+    environment = {k: v for k, v in os.environ.items() if k != "DS_ACCELERATOR"}
+    environment |= {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    if command[0].endswith("deepspeed"):
+        command = [*command[:1], "--master_port", str(free_port()), *command[1:]]
+    elif command == TORCHRUN:
+        command = [*command, "--master_port", str(free_port())]
+    elif command == ACCELERATE:
+        command = [*command, "--main_process_port", str(free_port())]
+    return subprocess.Popen(
+        [*command, str(ROOT / "tests" / "train" / "probe.py"), *words],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("engine", ["torchrun", "zero2"])
-def test_two_processes_train_what_one_trains(flags: dict[str, str], tmp_path: Path, engine: str) -> None:
-    if engine == "zero2" and (find_spec("deepspeed") is None or shutil.which("deepspeed", path=str(BIN)) is None):
-        pytest.skip("needs deepspeed")
-    launch([sys.executable], {**flags, "per_device_train_batch_size": "4"}, tmp_path / "one")
-    two = {**flags, "per_device_train_batch_size": "2"}
-    if engine == "zero2":
-        two["deepspeed"] = str(ROOT / "configs" / "zero2.json")
-        command = [str(BIN / "deepspeed"), "--num_accelerators", "2"]
-    else:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    launch(command, two, tmp_path / "two")
-    one, other = (load_file(tmp_path / name / ADAPTER_FILE) for name in ("one", "two"))
-    masks = load_file(tmp_path / "two" / MASKS_FILE)
-    assert one.keys() == other.keys() == masks.keys()
-    for key in one:
-        assert not other[key][~masks[key]].any()
-        assert (one[key] - other[key]).abs().max() <= 1e-5
+def launch(command: list[str], flags: dict[str, str], output_dir: Path, code: int | None = 0) -> str:
+    process = start(command, flags, output_dir)
+    output, _ = process.communicate(timeout=300)
+    assert code is None or process.returncode == code, output[-6000:]
+    return output
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def probe_of(folder: Path, rank: int = 0) -> dict:
+    return json.loads((folder.parent / f"probe-{folder.name}-{rank}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def one(flags: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("engines") / "one"
+    launch(PYTHON, {**flags, "per_device_train_batch_size": "4"}, folder)
+    return folder
+
+
+def assert_same_run(folder: Path, one: Path, tolerance: float = 1e-5) -> None:
+    """Loss trajectory, logged CMR, masks, LoRA and connector."""
+    ours, theirs = log_of(folder), log_of(one)
+    assert len(ours) == len(theirs) == STEPS
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], abs=tolerance)
+        assert mine["cmr_llm"] == pytest.approx(other["cmr_llm"], rel=1e-4, abs=1e-7)
+        assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+        assert mine["density"] == pytest.approx(other["density"], abs=1e-4)
+    assert (folder / MASKS_FILE).read_bytes() == (one / MASKS_FILE).read_bytes()
+    for name in (ADAPTER_FILE, CONNECTOR_FILE):
+        mine_file, other_file = load_file(folder / name), load_file(one / name)
+        assert mine_file.keys() == other_file.keys()
+        for key in mine_file:
+            assert (mine_file[key] - other_file[key]).abs().max() <= tolerance
+
+
+def assert_exact(folder: Path, processes: int) -> None:
+    """Nothing off the masks in any copy after any step; the scheduled rate for every group at every step."""
+    weights, masks = load_file(folder / ADAPTER_FILE), load_file(folder / MASKS_FILE)
+    assert not any(weights[key].masked_select(~mask).any() for key, mask in masks.items())
+    for rank in range(processes):
+        steps = probe_of(folder, rank)["steps"]
+        assert len(steps) == STEPS
+        for index, step in enumerate(steps):
+            assert step["off_mask"] == 0
+            # One step of warm-up, then a cosine over the other seven.
+            share = 0.0 if index == 0 else 0.5 * (1 + math.cos(math.pi * (index - 1) / (STEPS - 1)))
+            assert step["rates"] == {
+                "lora": pytest.approx(5e-3 * share, rel=1e-9),
+                "connector": pytest.approx(1e-3 * share, rel=1e-9),
+            }
+
+
+CASES = [
+    pytest.param(TORCHRUN, {}, "DistributedDataParallel", None, id="torchrun-ddp"),
+    pytest.param(ACCELERATE, {}, "DistributedDataParallel", None, id="accelerate-ddp"),
+    pytest.param(DEEPSPEED, zero("zero2"), "DeepSpeedEngine", 2, id="zero2", marks=needs_deepspeed),
+    pytest.param(DEEPSPEED, zero("zero3"), "DeepSpeedEngine", 3, id="zero3", marks=needs_deepspeed),
+    pytest.param(DEEPSPEED, zero("zero3_offload"), "DeepSpeedEngine", 3, id="zero3-offload", marks=needs_deepspeed),
+    pytest.param(TORCHRUN, zero("zero3"), "DeepSpeedEngine", 3, id="torchrun-zero3", marks=needs_deepspeed),
+]
+
+
+@pytest.mark.parametrize(("command", "engine_flags", "engine", "stage"), CASES)
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_two_processes_train_what_one_trains(
+    flags: dict[str, str],
+    one: Path,
+    tmp_path: Path,
+    command: list[str],
+    engine_flags: dict[str, str],
+    engine: str,
+    stage: int | None,
+    accumulation: int,
+) -> None:
+    split = {
+        "per_device_train_batch_size": str(2 // accumulation),
+        "gradient_accumulation_steps": str(accumulation),
+    }
+    output = launch(command, {**flags, **engine_flags, **split}, tmp_path / "two")
+    assert f"engine: {engine}, 2 process(es)" in output
+    assert (probe_of(tmp_path / "two")["engine"], probe_of(tmp_path / "two")["zero_stage"]) == (engine, stage)
+    assert_same_run(tmp_path / "two", one)
+    assert_exact(tmp_path / "two", 2)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_bf16_holds_the_masks_in_every_copy(flags: dict[str, str], one: Path, tmp_path: Path, stage: str) -> None:
+    options = {**flags, **zero(stage), "per_device_train_batch_size": "2", "bf16": "True"}
+    launch(DEEPSPEED, options, tmp_path / "bf16")
+    assert_exact(tmp_path / "bf16", 2)
+    assert load_file(tmp_path / "bf16" / ADAPTER_FILE).keys() == load_file(one / ADAPTER_FILE).keys()
+    for mine, other in zip(log_of(tmp_path / "bf16"), log_of(one), strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-2)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_text_only_micro_batch_on_one_process(flags: dict[str, str], tmp_path: Path, stage: str) -> None:
+    mixed = {**flags, "group_by_modality_length": "False"}
+    launch(PYTHON, {**mixed, "per_device_train_batch_size": "2"}, tmp_path / "one")
+    launch(DEEPSPEED, {**mixed, **zero(stage), "per_device_train_batch_size": "1"}, tmp_path / "two")
+    images = [[step["images"] for step in probe_of(tmp_path / "two", rank)["steps"]] for rank in (0, 1)]
+    assert any(a != b for a, b in zip(*images, strict=True)), "no step with an image on one process alone"
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_connector_regularizer(flags: dict[str, str], tmp_path: Path, stage: str) -> None:
+    options = {**flags, "connector": "sculpt", "sculpt_beta": "1e-2"}
+    launch(PYTHON, {**options, "per_device_train_batch_size": "4"}, tmp_path / "one")
+    launch(DEEPSPEED, {**options, **zero(stage), "per_device_train_batch_size": "2"}, tmp_path / "two")
+    for mine, other in zip(log_of(tmp_path / "two"), log_of(tmp_path / "one"), strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], abs=1e-5)
+        assert mine["cmr_connector"] == pytest.approx(other["cmr_connector"], rel=1e-4, abs=1e-7)
+    assert log_of(tmp_path / "two")[-1]["cmr_connector"] > 0
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_resumed_equals_uninterrupted(flags: dict[str, str], tmp_path: Path, stage: str) -> None:
+    options = {**flags, **zero(stage), "per_device_train_batch_size": "2"}
+    whole = tmp_path / "whole"
+    launch(DEEPSPEED, {**options, "save_steps": "1", "save_total_limit": "100"}, whole)
+    for step in (MASK_STEP - 1, MASK_STEP, MASK_STEP + 1):
+        folder = cut_off_after(step, whole, tmp_path / f"cut-{step}")
+        launch(DEEPSPEED, options, folder)
+        assert same_files(folder, whole), f"resumed after step {step}"
+        assert [r["loss"] for r in log_of(folder)] == [r["loss"] for r in log_of(whole)]
+
+    other_stage = zero("zero3" if stage == "zero2" else "zero2")
+    four = {"per_device_train_batch_size": "4"}
+    for name, command, change, words in (
+        ("stage", DEEPSPEED, other_stage, f"written by DeepSpeed ZeRO-{stage[-1]} with 2 processes"),
+        ("processes", [*DEEPSPEED[:-1], "1"], four, "this launch is DeepSpeed"),
+        ("plain", PYTHON, {**four, "deepspeed": ""}, "this launch is no DeepSpeed"),
+    ):
+        folder = cut_off_after(MASK_STEP, whole, tmp_path / name)
+        given = {k: v for k, v in {**options, **change}.items() if v}
+        output = launch(command, given, folder, code=None)
+        assert words in output and "Traceback" not in output, output[-3000:]
+        assert (folder / f"checkpoint-{MASK_STEP}").is_dir()
+
+
+@needs_deepspeed
+def test_two_launchers_make_one_run(flags: dict[str, str], one: Path, tmp_path: Path) -> None:
+    """Two nodes, both on this machine."""
+    port, folder = str(free_port()), tmp_path / "nodes"
+    options = {**flags, **zero("zero2"), "per_device_train_batch_size": "2"}
+    base = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
+    nodes = [
+        start([*base, "--node_rank", str(rank), "--master_addr", "127.0.0.1", "--master_port", port], options, folder)
+        for rank in (0, 1)
+    ]
+    for node in nodes:
+        output, _ = node.communicate(timeout=300)
+        assert node.returncode == 0, output[-6000:]
+    assert_same_run(folder, one)
+
+
+@needs_deepspeed
+def test_quantised_base_is_refused_under_zero3(flags: dict[str, str], tmp_path: Path) -> None:
+    output = launch(DEEPSPEED, {**flags, **zero("zero3"), "bits": "4"}, tmp_path / "run", code=None)
+    assert "bits: 4 does not go with ZeRO-3" in output and "Traceback" not in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_fewer_processes_may_continue_without_deepspeed(flags: dict[str, str], tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    split = {**flags, "per_device_train_batch_size": "2"}
+    launch(TORCHRUN, {**split, "save_steps": "1", "save_total_limit": "100"}, whole)
+    folder = cut_off_after(MASK_STEP + 1, whole, tmp_path / "fewer")
+    launch(PYTHON, {**flags, "per_device_train_batch_size": "4"}, folder)
+    weights, expected = load_file(folder / ADAPTER_FILE), load_file(whole / ADAPTER_FILE)
+    assert all(torch.allclose(weights[key], expected[key], rtol=0, atol=1e-5) for key in expected)
