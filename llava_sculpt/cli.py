@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
 
         return train(arguments[1:])
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.command != "finetune":
+    if rest and options.command not in ("finetune", "plan"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.train_flags = rest
     try:
@@ -69,6 +69,20 @@ def _finetune(options: argparse.Namespace) -> int:
         options.output_dir,
         options.train_flags,
     )
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--gpus", type=int, default=4, help="GPUs that train together (default 4)")
+    parser.add_argument("--gpu_memory", type=float, default=24, help="of one GPU, in GB = 10^9 bytes (default 24)")
+    parser.add_argument("--zero", type=int, choices=[2, 3], help="DeepSpeed ZeRO stage (default: the configuration's)")
+    parser.add_argument("--json", action="store_true")
+    parser.epilog = "Further flags: those of training, with --config FILE.yaml. No GPU, weights or data are needed."
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from llava_sculpt.train.plan import run_plan
+
+    return run_plan(options.train_flags, options.gpus, options.gpu_memory, options.zero, as_json=options.json)
 
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
@@ -171,6 +185,7 @@ _Command = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argpa
 _COMMANDS: dict[str, _Command] = {
     "finetune": ("the main job: train, evaluate, table and figure", _add_finetune, _finetune),
     "train": ("fine-tune from one YAML", _add_train, _train),
+    "plan": ("memory, steps and FLOPs of a training, before it", _add_plan, _plan),
     "eval": ("score a model on the prepared tasks", _add_eval, _eval),
     "prepare": ("official download -> training and question files", _add_prepare, _prepare),
     "sweep": ("many runs of the tiny scale from one grid file", _add_sweep, _sweep),

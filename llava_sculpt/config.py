@@ -120,6 +120,10 @@ class TrainingArguments(HfTrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collator needs every field."})
     include_num_input_tokens_seen: str = field(default="all", metadata={"help": "Count tokens for tokens/s."})
 
+    ignore_plan: bool = field(
+        default=False, metadata={"help": "Start although `llava-sculpt plan` says that the GPU's memory is too small."}
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
@@ -162,7 +166,7 @@ _DOES_NOT_CHANGE_THE_RESULT = frozenset(
     dataloader_num_workers dataloader_prefetch_factor dataloader_pin_memory dataloader_persistent_workers
     accelerator_config push_to_hub hub_model_id hub_token hub_strategy hub_private_repo hub_revision hub_always_push
     per_device_train_batch_size gradient_accumulation_steps activation_checkpointing gradient_checkpointing
-    include_num_input_tokens_seen use_cpu deepspeed model_name_or_path data_path image_folder
+    include_num_input_tokens_seen use_cpu ignore_plan deepspeed model_name_or_path data_path image_folder
     """.split()
 )
 
@@ -326,6 +330,8 @@ def _impossible_values(
             problems.append(f"{name}: must not be negative, got {getattr(sculpt, name)}")
     if sculpt.method == "lora" and model.connector == "sculpt":
         problems.append("connector: sculpt needs method: sculpt (use connector: lora)")
+    if values.get("fp16") and not torch.cuda.is_available():
+        problems.append("fp16: needs a GPU; use bf16 or neither")
     for name in ("learning_rate", "mm_projector_lr", "num_train_epochs"):
         value = values.get(name)
         if value is not None and not value > 0:

@@ -14,39 +14,42 @@ from matplotlib.figure import Figure
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vPX"
 _GREY = "#c8c8c8"
-_LABEL_GAP = 13  # points between labels that would otherwise overlap
 
 
 def plot_source_target(
     rows: Sequence[tuple[str, float, float]], path: Path, *, target_name: str = "Target", title: str = ""
 ) -> None:
-    """Write a PNG with one labelled point per (label, source, target) and lines of equal Avg behind.
+    """Write a PNG with one point per (label, source, target), a legend, and lines of equal Avg behind.
 
-    Rows with the same label get the same colour and are labelled once. Scores are on the paper's scale. The
+    Rows with the same label get the same colour and are named once. Scores are on the paper's scale. The
     file is written aside and renamed.
     """
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    figure = Figure(figsize=(7, 4.6 + 0.22 * len({row[0] for row in rows})), layout="constrained")
+    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     _set_limits(axes, rows)
     _draw_equal_avg(axes)
     styles = {label: index for index, label in enumerate(dict.fromkeys(label for label, _, _ in rows))}
+    named: set[str] = set()
     for label, source, target in rows:
         index = styles[label]
         axes.plot(
             target,
             source,
-            _MARKERS[index % len(_MARKERS)],
+            marker=_MARKERS[index % len(_MARKERS)],
             color=_COLOURS[index % len(_COLOURS)],
             markersize=9,
             markeredgecolor="white",
+            linestyle="none",
+            label=None if label in named else label,
         )
+        named.add(label)
+    # Below the plot: names beside the points would cover other points where runs lie close together.
+    figure.legend(loc="outside lower center", frameon=False, fontsize=9)
     axes.set_xlabel(f"{target_name} (learned)")
     axes.set_ylabel("Source (kept)")
     axes.set_title(title)
     axes.spines[["top", "right"]].set_visible(False)
-    canvas.draw()  # fixes the layout, so that label positions can be computed
-    _draw_labels(axes, rows, styles)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.png")
     try:
@@ -90,26 +93,3 @@ def _draw_equal_avg(axes: Axes) -> None:
         value += step
     axes.set_xlim(left, right)
     axes.set_ylim(bottom, top)
-
-
-def _draw_labels(axes: Axes, rows: Sequence[tuple[str, float, float]], styles: dict[str, int]) -> None:
-    """Each label once, beside its first point on the side with more room, lower where it would cover another."""
-    first = {label: (target, source) for label, source, target in reversed(rows)}
-    middle = sum(axes.get_xlim()) / 2
-    to_points = 72 / axes.figure.dpi
-    lowest: dict[str, float] = {}
-    for label, (x, y) in sorted(first.items(), key=lambda item: -item[1][1]):
-        side = "right" if x > middle else "left"
-        at_y = float(axes.transData.transform((x, y))[1]) * to_points
-        label_y = min(at_y, lowest.get(side, at_y + _LABEL_GAP) - _LABEL_GAP)
-        lowest[side] = label_y
-        axes.annotate(
-            label,
-            (x, y),
-            xytext=(-9 if side == "right" else 9, label_y - at_y),
-            textcoords="offset points",
-            ha=side,
-            va="center",
-            fontsize=9,
-            color=_COLOURS[styles[label] % len(_COLOURS)],
-        )

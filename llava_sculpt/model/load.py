@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlavaForConditionalGeneration
+from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
+from transformers.utils import is_bitsandbytes_available
 
 from llava_sculpt.data.images import ImagePreprocessor
 from llava_sculpt.data.tokenizer import LlavaTokenizer
@@ -29,12 +31,17 @@ def load_base(
 ) -> LlavaForConditionalGeneration:
     """The frozen base model in `dtype`, with 8- or 4-bit LLM weights if asked (tower, connector, lm_head are not).
 
+    Nothing else of PEFT's `prepare_model_for_kbit_training` is needed: what stays 16-bit is frozen and computes as it
+    does in a 16-bit run (Llama's norms go through fp32 by themselves), and activation checkpointing passes gradients
+    on to LoRA without inputs that require them.
+
     Args:
         vision_tower: CLIP folder whose weights replace the checkpoint's tower.
 
     Raises:
         UserError: bitsandbytes missing, or a tower of another shape.
     """
+    check_bits(bits)
     options: dict[str, Any] = {}
     if bits != 16:
         options["quantization_config"] = _quantization(bits, dtype, double_quant, quant_type)
@@ -46,22 +53,33 @@ def load_base(
     return model.requires_grad_(False)
 
 
-def _quantization(bits: int, dtype: torch.dtype, double_quant: bool, quant_type: str) -> object:
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"bits: {bits} needs bitsandbytes: pip install 'llava-sculpt[bitsandbytes]'") from error
-    from transformers import BitsAndBytesConfig
+def check_bits(bits: int) -> None:
+    """Refuse 8- and 4-bit weights that could not be loaded here; quick, so that it can come before everything else.
 
+    Raises:
+        UserError: bitsandbytes is missing, or too old for transformers.
+    """
+    if bits != 16 and not is_bitsandbytes_available():
+        raise UserError(f"bits: {bits} needs bitsandbytes, which is missing or too old: pip install -U bitsandbytes")
+
+
+def _quantization(bits: int, dtype: torch.dtype, double_quant: bool, quant_type: str) -> BitsAndBytesConfig:
+    # 8-bit layers announce at every call that they compute in fp16: hundreds of lines a step under bf16.
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_no_cast_notice)
     return BitsAndBytesConfig(
         load_in_8bit=bits == 8,
         load_in_4bit=bits == 4,
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_quant_type=quant_type,
-        # Plain module names are matched against the full path and would skip nothing: these are patterns.
+        # Bare module names are matched against the full path and would skip nothing: these are patterns.
+        # With a list of our own transformers forgets its default, which is lm_head.
         llm_int8_skip_modules=[".*multi_modal_projector", ".*vision_tower", "lm_head"],
     )
+
+
+def _is_no_cast_notice(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("MatMul8bitLt: inputs will be cast")
 
 
 def _replace_tower(model: LlavaForConditionalGeneration, folder: str) -> None:

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from itertools import starmap
 from typing import Any, Literal
 
 import torch
@@ -146,7 +148,8 @@ def conflict_penalty_total(
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}')
-    penalties = [prepared_penalty(*layer, norm=norm) for layer in layers]
+    # A loop variable would keep the last W, maybe a dequantised copy, alive while the next is made.
+    penalties = list(starmap(partial(prepared_penalty, norm=norm), layers))
     if not penalties:
         raise ValueError("no layers to regularize")
     stacked = torch.stack([penalty.to(penalties[0].device) for penalty in penalties])

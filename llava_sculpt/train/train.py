@@ -30,11 +30,12 @@ from llava_sculpt.data.tokenizer import LlavaTokenizer
 from llava_sculpt.errors import UserError
 from llava_sculpt.model.adapter import ADAPTER_FILE, RUN_FILE, read_run, read_tensors
 from llava_sculpt.model.checkpoint import BaseCheckpoint, find_base_checkpoint
-from llava_sculpt.model.load import load_base
+from llava_sculpt.model.load import check_bits, load_base
 from llava_sculpt.model.lora import inject_lora
 from llava_sculpt.records import file_sha256, versions, write_json
 from llava_sculpt.sculpt import SculptSchedule
 from llava_sculpt.train.callback import check_masks
+from llava_sculpt.train.plan import check_fits, make_plan
 from llava_sculpt.train.runs import checkpoint_step, last_checkpoint, open_run
 from llava_sculpt.train.trainer import LLaVASculptTrainer, LLaVATrainer
 from llava_sculpt.train.zero import engine_of_checkpoint
@@ -58,6 +59,7 @@ def train(config: Config) -> int:
     Raises:
         UserError: bad configuration, data, checkpoint or output folder; nothing has been written over.
     """
+    check_bits(config.model.bits)
     checkpoint = find_base_checkpoint(config.model.model_name_or_path)
     validate_dataset(config.data.data_path, config.data.image_folder)
     dataset = LlavaDataset(
@@ -70,6 +72,7 @@ def train(config: Config) -> int:
     )
     steps = optimizer_steps(config, len(dataset))
     _check_against_data(config, checkpoint, steps)
+    _check_memory(config, checkpoint, dataset)
 
     output_dir = Path(config.training.output_dir)
     record = _describe(config, checkpoint, len(dataset), steps)
@@ -131,7 +134,10 @@ def _check_against_data(config: Config, checkpoint: BaseCheckpoint, steps: int) 
     problems = []
     plugin = config.training.deepspeed_plugin
     if config.model.bits != 16 and plugin is not None and plugin.zero_stage == 3:
-        problems.append(f"bits: {config.model.bits} does not go with ZeRO-3; use configs/zero2.json, or bits: 16")
+        problems.append(
+            f"bits: {config.model.bits} does not go with ZeRO-3 (the regularizer needs whole weights, and ZeRO-3 would "
+            "cut up the packed bytes); use configs/zero2.json, or bits: 16"
+        )
     if config.model.lora_r > checkpoint.smallest_dimension:
         problems.append(
             f"lora_r: {config.model.lora_r} is above the smallest dimension of the adapted matrices "
@@ -144,6 +150,23 @@ def _check_against_data(config: Config, checkpoint: BaseCheckpoint, steps: int) 
             problems.append(f"sculpt_warmup_steps: {error}")
     if problems:
         raise UserError(problems)
+
+
+def _check_memory(config: Config, checkpoint: BaseCheckpoint, dataset: LlavaDataset) -> None:
+    memory = gpu_memory()
+    if memory is None or config.training.ignore_plan:
+        return
+    plugin = config.training.deepspeed_plugin
+    stage = None if plugin is None else plugin.zero_stage
+    plan = make_plan(
+        config, checkpoint.config, config.training.world_size, stage, len(dataset), dataset.modality_lengths
+    )
+    check_fits(plan, memory)
+
+
+def gpu_memory() -> int | None:
+    """Bytes of this process's GPU, None without one."""
+    return torch.cuda.get_device_properties("cuda").total_memory if torch.cuda.is_available() else None
 
 
 def _check_resume(config: Config, checkpoint: Path, steps: int) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from llava_sculpt.train import train as entry
 from llava_sculpt.train.train import main
 from tests.conftest import make_checkpoint
 from tests.train.conftest import Train
@@ -128,3 +129,14 @@ def test_ctrl_c_leaves_a_state_to_continue(flags: dict[str, str], tmp_path: Path
     assert "Traceback" not in errors and "give the same command again" in errors
     assert json.loads((folder / "run.json").read_text())["status"] == "running"
     assert list(folder.glob("checkpoint-*"))
+
+
+def test_gpu_that_is_too_small_is_told_before_loading(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(entry, "gpu_memory", lambda: 1_000_000)
+    assert train(tmp_path / "run") == 2
+    message = capsys.readouterr().err
+    assert "per GPU and the GPU has" in message and "--ignore_plan" in message
+    assert not (tmp_path / "run").exists()
+    assert train(tmp_path / "run", ignore_plan=True, max_steps=6) == 0

@@ -1,0 +1,3 @@
+from tests.train.conftest import flags, train
+
+__all__ = ["flags", "train"]
