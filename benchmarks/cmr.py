@@ -18,8 +18,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
-import json
-import platform
 import statistics
 import threading
 import time
@@ -31,6 +29,7 @@ import torch
 from torch import Tensor
 
 from llava_sculpt.sculpt import Retention, conflict_penalty, prepared_penalty
+from results import write_results
 
 Penalty = Callable[[Tensor, Tensor], Tensor]
 MIB = 2**20
@@ -212,13 +211,7 @@ def main() -> None:
                 cases.append(measure(shape, rank, getattr(torch, dtype), arguments.repeats, device))
                 print_case(cases[-1])
     if arguments.json:
-        machine = {
-            "torch": torch.__version__,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-            "threads": torch.get_num_threads(),
-            "repeats": arguments.repeats,
-        }
-        arguments.json.write_text(json.dumps({"machine": machine, "cases": cases}, indent=2) + "\n")
+        write_results(arguments.json, cases, device, arguments.repeats)
 
 
 if __name__ == "__main__":

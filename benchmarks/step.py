@@ -15,8 +15,6 @@ per optimizer step, weighs most. LoRASculpt is measured after its masks are made
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -32,6 +30,7 @@ from llava_sculpt.model.load import load_base
 from llava_sculpt.model.lora import inject_lora, lora_pairs
 from llava_sculpt.sculpt import magnitude_mask
 from llava_sculpt.train.regularizer import ConflictRegularizer
+from results import write_results
 
 TINY = Path(__file__).parents[1] / "data" / "tiny_llava"
 
@@ -153,13 +152,7 @@ def main() -> None:
                 flush=True,
             )
     if arguments.json:
-        machine = {
-            "torch": torch.__version__,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-            "threads": torch.get_num_threads(),
-            "repeats": arguments.repeats,
-        }
-        arguments.json.write_text(json.dumps({"machine": machine, "cases": cases}, indent=2) + "\n")
+        write_results(arguments.json, cases, device, arguments.repeats)
 
 
 if __name__ == "__main__":

@@ -176,7 +176,8 @@ def _parser() -> HfArgumentParser:
     return HfArgumentParser(parts, allow_abbrev=False, exit_on_error=False)
 
 
-def _read_yaml(path: Path, problems: list[str]) -> dict[str, Any]:
+def read_yaml(path: Path, problems: list[str]) -> dict[str, Any]:
+    """The keys of a configuration file; what is wrong with it is added to `problems`."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -191,7 +192,7 @@ def _read_yaml(path: Path, problems: list[str]) -> dict[str, Any]:
     return values
 
 
-def _read_command_line(argv: list[str], problems: list[str]) -> tuple[dict[str, Any], str | None]:
+def read_command_line(argv: list[str], problems: list[str]) -> tuple[dict[str, Any], str | None]:
     """`--key value`, `--key=value` and `--flag` -> ({key: value or list}, the --config path)."""
     values: dict[str, Any] = {}
     tokens = list(argv)
@@ -247,8 +248,8 @@ def parse_config(argv: list[str]) -> Config:
         UserError: one error listing every unknown key, wrong type and impossible value of file and command line.
     """
     problems: list[str] = []
-    overrides, config_file = _read_command_line(argv, problems)
-    from_file = _read_yaml(Path(config_file), problems) if config_file else {}
+    overrides, config_file = read_command_line(argv, problems)
+    from_file = read_yaml(Path(config_file), problems) if config_file else {}
     parser = _parser()
     values: dict[str, Any] = {}
     for source, given in ((str(config_file), from_file), ("command line", overrides)):

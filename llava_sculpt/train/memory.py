@@ -322,7 +322,9 @@ def regularizer(setup: Setup) -> int:
         tables, kept = _share(tables, setup.gpus), _share(kept, setup.gpus)
     # Per tile three of these live at once: int32 codes twice, M, B A; all with 4 bytes an entry.
     tile = max(3 * 4 * min(TILE_ROWS, rows) * columns for rows, columns in matrices)
-    whole = setup.width * max(rows * columns for rows, columns in matrices) if setup.bits < 16 else 0
+    # bitsandbytes dequantises 8 bits to float32, 4 bits to the model's precision.
+    entry = {16: 0, 8: 4, 4: setup.width}[setup.bits]
+    whole = entry * max(rows * columns for rows, columns in matrices)
     return tables + kept + gathered + tile + whole
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava_sculpt.config import Config, _read_command_line, _read_yaml, parse_config
+from llava_sculpt.config import Config, parse_config, read_command_line, read_yaml
 from llava_sculpt.data.conversation import IMAGE_TOKEN_INDEX, encode_record, record_problems
 from llava_sculpt.data.dataset import read_records
 from llava_sculpt.data.tokenizer import LlavaTokenizer
@@ -172,7 +172,7 @@ def make_plan(
         length=max(cut, default=arguments.model_max_length),
         checkpointing=bool(arguments.activation_checkpointing),
     )
-    steps = _optimizer_steps(config, samples, gpus)
+    steps = optimizer_steps(config, samples, gpus)
     samples_seen = steps * setup.batch * setup.accumulation * gpus
     return Plan(
         setup=setup,
@@ -290,12 +290,12 @@ _CHANGES: tuple[Callable[[Setup], Iterator[Remedy]], ...] = (
 )
 
 
-def _optimizer_steps(config: Config, samples: int, gpus: int) -> int:
-    """Optimizer steps of the whole run on so many GPUs, by the Trainer's rule (partial batches and steps count)."""
+def optimizer_steps(config: Config, samples: int, processes: int) -> int:
+    """Optimizer steps of the whole run, by the Trainer's own rule (partial batches and partial steps count)."""
     arguments = config.training
     if arguments.max_steps > 0:
         return arguments.max_steps
-    batches = math.ceil(math.ceil(samples / gpus) / arguments.per_device_train_batch_size)
+    batches = math.ceil(math.ceil(samples / processes) / arguments.per_device_train_batch_size)
     per_epoch = math.ceil(batches / arguments.gradient_accumulation_steps)
     return math.ceil(arguments.num_train_epochs * per_epoch)
 
@@ -425,8 +425,8 @@ def parse_plan_config(argv: list[str]) -> Config:
         UserError: every other problem of file and command line.
     """
     problems: list[str] = []
-    flags, file = _read_command_line(argv, problems)
-    given = {**(_read_yaml(Path(file), problems) if file else {}), **flags}
+    flags, file = read_command_line(argv, problems)
+    given = {**(read_yaml(Path(file), problems) if file else {}), **flags}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "data.json").touch()
         stand_ins = {"data_path": f"{folder}/data.json", "image_folder": folder, "output_dir": folder}

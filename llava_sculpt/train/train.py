@@ -10,7 +10,6 @@ An interrupted run continues when the same command is given again.
 
 from __future__ import annotations
 
-import math
 import resource
 import signal
 import sys
@@ -35,7 +34,7 @@ from llava_sculpt.model.lora import inject_lora
 from llava_sculpt.records import file_sha256, versions, write_json
 from llava_sculpt.sculpt import SculptSchedule
 from llava_sculpt.train.callback import check_masks
-from llava_sculpt.train.plan import check_fits, make_plan
+from llava_sculpt.train.plan import check_fits, make_plan, optimizer_steps
 from llava_sculpt.train.runs import checkpoint_step, last_checkpoint, open_run
 from llava_sculpt.train.trainer import LLaVASculptTrainer, LLaVATrainer
 from llava_sculpt.train.zero import engine_of_checkpoint
@@ -70,7 +69,7 @@ def train(config: Config) -> int:
         config.training.model_max_length,
         checkpoint.image_tokens,
     )
-    steps = optimizer_steps(config, len(dataset))
+    steps = optimizer_steps(config, len(dataset), config.training.world_size)
     _check_against_data(config, checkpoint, steps)
     _check_memory(config, checkpoint, dataset)
 
@@ -119,21 +118,17 @@ def train(config: Config) -> int:
     return 0
 
 
-def optimizer_steps(config: Config, samples: int) -> int:
-    """Optimizer steps of the whole run, by the Trainer's own rule (partial batches and partial steps count)."""
-    arguments = config.training
-    if arguments.max_steps > 0:
-        return arguments.max_steps
-    per_process = math.ceil(samples / arguments.world_size)
-    batches = math.ceil(per_process / arguments.per_device_train_batch_size)
-    per_epoch = math.ceil(batches / arguments.gradient_accumulation_steps)
-    return math.ceil(arguments.num_train_epochs * per_epoch)
-
-
 def _check_against_data(config: Config, checkpoint: BaseCheckpoint, steps: int) -> None:
     problems = []
     plugin = config.training.deepspeed_plugin
-    if config.model.bits != 16 and plugin is not None and plugin.zero_stage == 3:
+    engine = None if plugin is None else plugin.hf_ds_config
+    stage = None if engine is None else engine.get_value("zero_optimization.stage", 0)
+    if stage not in (None, 2, 3):
+        problems.append(f"deepspeed: zero_optimization.stage must be 2 or 3, got {stage}")
+    for part in ("offload_param", "offload_optimizer"):
+        if engine is not None and engine.get_value(f"zero_optimization.{part}.device") == "nvme":
+            problems.append(f"deepspeed: {part} to nvme is not supported; use cpu or none")
+    if config.model.bits != 16 and stage == 3:
         problems.append(
             f"bits: {config.model.bits} does not go with ZeRO-3 (the regularizer needs whole weights, and ZeRO-3 would "
             "cut up the packed bytes); use configs/zero2.json, or bits: 16"

@@ -16,8 +16,6 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-from llava_sculpt.errors import UserError
-
 
 def is_zero_parameter(parameter: nn.Parameter) -> bool:
     """Whether DeepSpeed's ZeRO optimizer keeps a master copy of this parameter."""
@@ -30,14 +28,8 @@ def is_partitioned(parameter: torch.Tensor) -> bool:
 
 
 def local_piece(parameter: Any) -> tuple[torch.Tensor, int]:
-    """This process's piece of a ZeRO-3 parameter: (flat working copy, index of its first entry in the whole).
-
-    Raises:
-        UserError: the piece is on NVMe.
-    """
+    """This process's piece of a ZeRO-3 parameter: (flat working copy, index of its first entry in the whole)."""
     piece = parameter.ds_tensor
-    if piece.numel() < piece.ds_numel:
-        raise UserError("deepspeed: LoRASculpt cannot train with parameters offloaded to NVMe; use device cpu or none")
     start = piece.ds_numel * dist.get_rank(parameter.ds_process_group)
     # The last piece is padded with uninitialised memory.
     return piece.detach().flatten()[: max(0, parameter.ds_numel - start)], start

@@ -241,3 +241,14 @@ def test_fewer_processes_may_continue_without_deepspeed(flags: dict[str, str], t
     launch(PYTHON, {**flags, "per_device_train_batch_size": "4"}, folder)
     weights, expected = load_file(folder / ADAPTER_FILE), load_file(whole / ADAPTER_FILE)
     assert all(torch.allclose(weights[key], expected[key], rtol=0, atol=1e-5) for key in expected)
+
+
+@needs_deepspeed
+def test_engines_that_are_not_supported_are_refused(flags: dict[str, str], tmp_path: Path) -> None:
+    config = json.loads((ROOT / "configs" / "zero3.json").read_text())
+    config["zero_optimization"] |= {"stage": 1, "offload_param": {"device": "nvme", "nvme_path": str(tmp_path)}}
+    (tmp_path / "zero1.json").write_text(json.dumps(config))
+    options = {**flags, "deepspeed": str(tmp_path / "zero1.json")}
+    output = launch(DEEPSPEED, options, tmp_path / "run", code=None)
+    assert "stage must be 2 or 3, got 1" in output and "offload_param to nvme" in output
+    assert "Traceback" not in output and not (tmp_path / "run").exists()
