@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -44,18 +47,16 @@ def start(command: list[str], flags: dict[str, str], output_dir: Path) -> subpro
     # DS_ACCELERATOR is not set: on a machine without a GPU there must be no variable to remember.
     environment = {k: v for k, v in os.environ.items() if k != "DS_ACCELERATOR"}
     environment |= {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-    if command[0].endswith("deepspeed"):
-        command = [*command[:1], "--master_port", str(free_port()), *command[1:]]
-    elif command == TORCHRUN:
-        command = [*command, "--master_port", str(free_port())]
-    elif command == ACCELERATE:
-        command = [*command, "--main_process_port", str(free_port())]
+    if "--master_port" not in command and command != PYTHON:
+        port = "--main_process_port" if command == ACCELERATE else "--master_port"
+        command = [*command, port, str(free_port())]
     return subprocess.Popen(
         [*command, str(ROOT / "tests" / "train" / "probe.py"), *words],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,  # a launcher and its processes can be killed together
     )
 
 
@@ -79,7 +80,7 @@ def probe_of(folder: Path, rank: int = 0) -> dict:
 @pytest.fixture(scope="module")
 def one(flags: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("engines") / "one"
-    launch(PYTHON, {**flags, "per_device_train_batch_size": "4"}, folder)
+    launch(PYTHON, {**flags, "per_device_train_batch_size": "8"}, folder)
     return folder
 
 
@@ -128,7 +129,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("command", "engine_flags", "engine", "stage"), CASES)
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [1, 4])
 def test_two_processes_train_what_one_trains(
     flags: dict[str, str],
     one: Path,
@@ -140,7 +141,7 @@ def test_two_processes_train_what_one_trains(
     accumulation: int,
 ) -> None:
     split = {
-        "per_device_train_batch_size": str(2 // accumulation),
+        "per_device_train_batch_size": str(4 // accumulation),
         "gradient_accumulation_steps": str(accumulation),
     }
     output = launch(command, {**flags, **engine_flags, **split}, tmp_path / "two")
@@ -150,10 +151,23 @@ def test_two_processes_train_what_one_trains(
     assert_exact(tmp_path / "two", 2)
 
 
+@pytest.mark.parametrize("accumulation", [1, 2, 8])
+def test_one_process_trains_the_same_however_a_step_is_split(
+    flags: dict[str, str], one: Path, tmp_path: Path, accumulation: int
+) -> None:
+    split = {
+        "per_device_train_batch_size": str(8 // accumulation),
+        "gradient_accumulation_steps": str(accumulation),
+    }
+    launch(PYTHON, {**flags, **split}, tmp_path / "split")
+    assert_same_run(tmp_path / "split", one)
+    assert_exact(tmp_path / "split", 1)
+
+
 @needs_deepspeed
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_bf16_holds_the_masks_in_every_copy(flags: dict[str, str], one: Path, tmp_path: Path, stage: str) -> None:
-    options = {**flags, **zero(stage), "per_device_train_batch_size": "2", "bf16": "True"}
+    options = {**flags, **zero(stage), "per_device_train_batch_size": "4", "bf16": "True"}
     launch(DEEPSPEED, options, tmp_path / "bf16")
     assert_exact(tmp_path / "bf16", 2)
     assert load_file(tmp_path / "bf16" / ADAPTER_FILE).keys() == load_file(one / ADAPTER_FILE).keys()
@@ -211,15 +225,39 @@ def test_resumed_equals_uninterrupted(flags: dict[str, str], tmp_path: Path, sta
 
 
 @needs_deepspeed
-def test_two_launchers_make_one_run(flags: dict[str, str], one: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_killed_before_at_and_after_the_mask_step(flags: dict[str, str], tmp_path: Path, stage: str) -> None:
+    """SIGKILL of launcher and processes, each time soon after another checkpoint has come."""
+    options = {**flags, **zero(stage), "per_device_train_batch_size": "2", "save_steps": "1", "save_total_limit": "100"}
+    launch(DEEPSPEED, options, tmp_path / "whole")
+    folder, rng = tmp_path / "killed", random.Random(stage)
+    for step in (MASK_STEP - 2, MASK_STEP, MASK_STEP + 1):
+        process = start(DEEPSPEED, options, folder)
+        while not (folder / f"checkpoint-{step}").is_dir():
+            assert process.poll() is None, process.communicate()[0][-6000:]
+            time.sleep(0.01)
+        time.sleep(rng.random() * 0.2)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert not (folder / ADAPTER_FILE).exists(), "the run ended before it was killed"
+    launch(DEEPSPEED, options, folder)
+    assert same_files(folder, tmp_path / "whole")
+    assert [r["loss"] for r in log_of(folder)] == [r["loss"] for r in log_of(tmp_path / "whole")]
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_two_launchers_make_one_run(flags: dict[str, str], one: Path, tmp_path: Path, launcher: str) -> None:
     """Two nodes, both on this machine."""
     port, folder = str(free_port()), tmp_path / "nodes"
-    options = {**flags, **zero("zero2"), "per_device_train_batch_size": "2"}
-    base = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
-    nodes = [
-        start([*base, "--node_rank", str(rank), "--master_addr", "127.0.0.1", "--master_port", port], options, folder)
-        for rank in (0, 1)
-    ]
+    options = {**flags, **zero("zero2"), "per_device_train_batch_size": "4"}
+    where = ["--master_addr", "127.0.0.1", "--master_port", port]
+    if launcher == "torchrun":
+        command = [*TORCHRUN[:3], "--nnodes", "2", "--nproc_per_node", "1", *where]
+    else:
+        (tmp_path / "hosts").write_text("127.0.0.1 slots=1\nlocalhost slots=1\n")
+        command = [DEEPSPEED[0], "--hostfile", str(tmp_path / "hosts"), "--no_ssh", *where]
+    nodes = [start([*command, "--node_rank", str(rank)], options, folder) for rank in (0, 1)]
     for node in nodes:
         output, _ = node.communicate(timeout=300)
         assert node.returncode == 0, output[-6000:]
