@@ -11,6 +11,9 @@ machine that is busy with other work use --threads 1: otherwise what is measured
   released         the release's lines, in W's dtype: M recomputed from W, M and B A kept by autograd
   released, fp32   the same with everything in fp32 (only where W is 16-bit)
 The floor is the time of the three thin fp32 products that any exact method needs: B A, Q A^T and B^T Q.
+
+A last table gives the peak extra memory for all of a 7B's Q, K and V (96 matrices of 4096 x 4096) in one backward pass
+by one process; with N processes each has every N-th. The release is measured on a few and counted up.
 """
 
 from __future__ import annotations
@@ -28,11 +31,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_sculpt.sculpt import Retention, conflict_penalty, prepared_penalty
+from llava_sculpt.sculpt import Retention, conflict_penalty, conflict_penalty_total, prepared_penalty
 from results import write_results
 
 Penalty = Callable[[Tensor, Tensor], Tensor]
 MIB = 2**20
+MATRICES = 96  # W_Q, W_K, W_V of 32 layers
 
 
 def released_penalty(lora_A: Tensor, lora_B: Tensor, weight: Tensor) -> Tensor:
@@ -172,6 +176,53 @@ def measure(
     }
 
 
+def measure_model(rank: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """Peak extra memory over all matrices of a model. W does not count, so that all may share one."""
+    side = 4096
+    weight = (torch.randn(side, side, device=device) * 0.02).to(dtype)
+    retention = Retention.of(weight)
+
+    def peak_of(count: int, total: Callable[[list[tuple[Tensor, Tensor]]], Tensor]) -> float:
+        pairs = []
+        for _ in range(count):
+            lora_A = (torch.randn(rank, side, device=device) * 0.01).requires_grad_()
+            lora_B = (torch.randn(side, rank, device=device) * 0.01).requires_grad_()
+            lora_A.grad, lora_B.grad = torch.zeros_like(lora_A), torch.zeros_like(lora_B)  # LoRA has them anyway
+            pairs.append((lora_A, lora_B))
+        with PeakMemory(device) as peak:
+            total(pairs).backward()
+            wait(device)
+        return peak.bytes / MIB
+
+    def ours(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+        return conflict_penalty_total((A, B, weight, retention) for A, B in pairs)
+
+    def released(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+        return torch.stack([released_penalty(A, B, weight) for A, B in pairs]).mean()
+
+    peak_of(1, ours), peak_of(1, released)  # libraries load on first use
+    two, six = peak_of(2, released), peak_of(6, released)
+    per_matrix = (six - two) / 4
+    return {
+        "matrices": MATRICES,
+        "shape": [side, side],
+        "rank": rank,
+        "weight": str(dtype).removeprefix("torch."),
+        "ours_mib": {str(n): peak_of(MATRICES // n, ours) for n in (1, 2, 4)},
+        "released_mib_per_matrix": per_matrix,
+        "released_mib": six + (MATRICES - 6) * per_matrix,
+    }
+
+
+def print_model(case: dict[str, Any]) -> None:
+    ours = ", ".join(f"{mib:.0f} ({n} process{'es' if n != '1' else ''})" for n, mib in case["ours_mib"].items())
+    print(
+        f"{case['matrices']} matrices, {case['weight']}, r = {case['rank']}: peak MiB ours {ours}; "
+        f"released {case['released_mib']:.0f} ({case['released_mib_per_matrix']:.0f} a matrix)",
+        flush=True,
+    )
+
+
 def print_case(case: dict[str, Any]) -> None:
     p, q = case["shape"]
     print(f"\nW {p} x {q} {case['weight']}, r = {case['rank']}; three thin products: {case['floor_ms']:.1f} ms")
@@ -210,6 +261,12 @@ def main() -> None:
             for dtype in arguments.dtypes:
                 cases.append(measure(shape, rank, getattr(torch, dtype), arguments.repeats, device))
                 print_case(cases[-1])
+    if not arguments.quick:
+        print()
+    for rank in [] if arguments.quick else arguments.ranks:
+        for dtype in arguments.dtypes:
+            cases.append(measure_model(rank, getattr(torch, dtype), device))
+            print_model(cases[-1])
     if arguments.json:
         write_results(arguments.json, cases, device, arguments.repeats)
 

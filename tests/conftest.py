@@ -22,7 +22,7 @@ torch.set_num_threads(1)
 
 
 def make_checkpoint(folder: Path, seed: int = 0) -> Path:
-    """A random base checkpoint: 16 px images in 4 tokens, d = 32, two LLM layers."""
+    """A random base checkpoint: 16 px images in 4 tokens, d = 64, two LLM layers."""
     folder.mkdir(parents=True)
     for name in ("tokenizer.model", "preprocessor_config.json"):
         shutil.copy(FIXTURES / name, folder / name)
@@ -42,8 +42,8 @@ def make_checkpoint(folder: Path, seed: int = 0) -> Path:
         ),
         text_config=LlamaConfig(
             vocab_size=-(-(vocabulary + 2) // 64) * 64,
-            hidden_size=32,
-            intermediate_size=64,
+            hidden_size=64,
+            intermediate_size=128,
             num_hidden_layers=2,
             num_attention_heads=2,
             max_position_embeddings=512,

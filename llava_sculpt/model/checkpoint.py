@@ -56,16 +56,23 @@ class BaseCheckpoint:
         return int(self.config["vision_config"]["image_size"])
 
     @property
-    def smallest_dimension(self) -> int:
-        """Smallest side of any matrix that gets LoRA: an upper bound for the rank.
+    def input_widths(self) -> list[int]:
+        """In features of the LLM's linear layers.
 
-        Fields absent from config.json have the defaults of the architecture (Llama-7B, CLIP ViT-L).
+        Fields absent from config.json have the defaults of the architecture (Llama-7B).
         """
+        text = self.config.get("text_config", {})
+        hidden, heads = int(text.get("hidden_size", 4096)), int(text.get("num_attention_heads", 32))
+        attention = heads * int(text.get("head_dim") or hidden // heads)
+        return [hidden, attention, int(text.get("intermediate_size", 11008))]
+
+    @property
+    def smallest_dimension(self) -> int:
+        """Smallest side of any matrix that gets LoRA, the connector's included: an upper bound for the rank."""
         text, vision = self.config.get("text_config", {}), self.config.get("vision_config", {})
-        hidden = int(text.get("hidden_size", 4096))
         heads = int(text.get("num_attention_heads", 32))
-        key_value = int(text.get("num_key_value_heads") or heads) * int(text.get("head_dim") or hidden // heads)
-        return min(hidden, key_value, int(text.get("intermediate_size", 11008)), int(vision.get("hidden_size", 1024)))
+        key_value = self.input_widths[1] // heads * int(text.get("num_key_value_heads") or heads)
+        return min(*self.input_widths, key_value, int(vision.get("hidden_size", 1024)))
 
     def fingerprint(self) -> str:
         """sha256 over config.json and a sample of every weight file: equal for copies, different for other weights.

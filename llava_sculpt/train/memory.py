@@ -334,11 +334,8 @@ def saved_activations(setup: Setup) -> int:
     mask = setup.length**2 * setup.batch if setup.batch > 1 else 0  # bool, made once when there is padding
     if not setup.checkpointing:
         return sizes.layers * layer_saved(setup) + _connector_saved(setup) + mask
-    # One input per decoder layer, and the embeddings that the first is made from.
-    inputs = (sizes.layers + 1) * setup.tokens * sizes.hidden * e
-    # Checkpointing makes the patch embeddings require a gradient: the frozen tower's layers are checkpointed too.
-    tower = (sizes.tower_layers + 1) * setup.batch * (sizes.image_tokens + 1) * sizes.tower_hidden * e
-    return inputs + tower + _connector_saved(setup) + mask
+    # One input per decoder layer.
+    return sizes.layers * setup.tokens * sizes.hidden * e + _connector_saved(setup) + mask
 
 
 def layer_saved(setup: Setup) -> int:
@@ -409,7 +406,7 @@ def _lora_inputs(setup: Setup) -> int:
 
 def _connector_saved(setup: Setup) -> int:
     """Inputs of both linear layers and of the GELU between them."""
-    if setup.connector == "frozen" and not setup.checkpointing:
+    if setup.connector == "frozen":
         return 0
     sizes = setup.architecture
     return setup.batch * sizes.image_tokens * (sizes.feature_width + 2 * sizes.hidden) * setup.width
@@ -425,15 +422,15 @@ def step_flops(setup: Setup) -> int:
         backward     2 D for the activations, none for frozen weights, 4 R for LoRA; attention 10 S (its five
                      products, for the kernels recompute the scores)
 
-    The head counts in D and is not recomputed. The tower runs forward; with checkpointing it is recomputed and run
-    backward too. CMR adds 6 r p q per regularized matrix once per step.
+    The head counts in D and is not recomputed. The tower only runs forward. CMR adds 6 r p q per regularized matrix
+    once per step.
     """
     sizes, S = setup.architecture, setup.length
     layers, head = sizes.layers * _entries(sizes.layer_matrices), sizes.head_parameters
     attention = sizes.layers * S * sizes.attention_width
     forward = 2 * (layers + setup.llm_lora) + 4 * attention
     backward = 2 * layers + 4 * setup.llm_lora + 10 * attention
-    if setup.connector == "frozen" and not setup.checkpointing:
+    if setup.connector == "frozen":
         # Nothing before the first layer wants a gradient, so none flows out of its Q, K and V.
         backward -= 2 * _entries(sizes.regularized_matrices) + 2 * setup.lora_r * 3 * sizes.hidden
     per_token = forward * (2 if setup.checkpointing else 1) + backward + 4 * head
@@ -442,8 +439,7 @@ def step_flops(setup: Setup) -> int:
     width = sizes.tower_hidden
     tower_linear = 2 * sizes.tower_layers * (4 * width**2 + 2 * width * sizes.tower_intermediate)
     tower_attention = sizes.tower_layers * places * width
-    runs = 3 if setup.checkpointing else 1
-    tower = places * (runs * tower_linear + (4 + 4 + 10 if setup.checkpointing else 4) * tower_attention)
+    tower = places * (tower_linear + 4 * tower_attention)
     connector_passes = 6 if setup.connector == "full" else 4
     connector = sizes.image_tokens * connector_passes * _entries(sizes.connector_matrices)
 

@@ -133,6 +133,12 @@ def _check_against_data(config: Config, checkpoint: BaseCheckpoint, steps: int) 
             f"bits: {config.model.bits} does not go with ZeRO-3 (the regularizer needs whole weights, and ZeRO-3 would "
             "cut up the packed bytes); use configs/zero2.json, or bits: 16"
         )
+    widths = [width for width in checkpoint.input_widths if width % 64]
+    if config.model.bits == 4 and widths and not torch.cuda.is_available():
+        problems.append(
+            f"bits: 4 on a CPU needs matrices whose input width is a multiple of 64, this model has {widths[0]} "
+            "(bitsandbytes reads others back wrongly there); use bits: 8 or 16"
+        )
     if config.model.lora_r > checkpoint.smallest_dimension:
         problems.append(
             f"lora_r: {config.model.lora_r} is above the smallest dimension of the adapted matrices "

@@ -50,6 +50,7 @@ class LLaVATrainer(Trainer):
         self._aside = False
         super().__init__(model, config.training, data_collator=data_collator, train_dataset=train_dataset)
         self.add_callback(_StepFacts(self))
+        self.add_callback(_BackwardEndsAtTheConnector(self))
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self.add_callback(ConsoleCallback())
@@ -184,6 +185,24 @@ class _StepFacts(TrainerCallback):
         self, args: HfTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.trainer._lrs = {group["name"]: group["lr"] for group in kwargs["optimizer"].param_groups}
+
+
+class _BackwardEndsAtTheConnector(TrainerCallback):
+    """Keeps the frozen vision tower out of backward under activation checkpointing.
+
+    Transformers makes the embeddings require a gradient then, the tower's too, although only the reentrant kind of
+    checkpointing needs it: the tower would be recomputed and run backward for nothing.
+    """
+
+    def __init__(self, trainer: LLaVATrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: HfTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        options: Any = args.activation_checkpointing_kwargs or {}
+        if not options.get("use_reentrant", False):
+            self.trainer.model.disable_input_require_grads()
 
 
 class LLaVASculptTrainer(LLaVATrainer):

@@ -330,3 +330,13 @@ def test_two_processes_train_what_one_trains(flags: dict[str, str], tmp_path: Pa
         engines.launch(engines.TORCHRUN, two, tmp_path / "two")
     engines.assert_same_run(tmp_path / "two", tmp_path / "one")
     engines.assert_exact(tmp_path / "two", processes=2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a limit of bitsandbytes' CPU kernels")
+def test_four_bits_with_odd_widths_are_refused_on_a_cpu(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = Path(__file__).parents[2] / "data" / "tiny_llava"  # 160 wide
+    assert train(tmp_path / "run", bits=4, model_name_or_path=tiny) == 2
+    assert "multiple of 64, this model has 160" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -149,6 +149,7 @@ def build(config: LlavaConfig, setup: Setup, dtype: torch.dtype = torch.float32)
     model.config.use_cache = model.config.text_config.use_cache = False  # as the Trainer sets it
     if setup.checkpointing:
         peft_model.activation_checkpointing_enable()
+        peft_model.disable_input_require_grads()  # as our Trainer does
     return peft_model.train()
 
 

@@ -144,3 +144,24 @@ def test_stock_peft_loads_the_adapter(finished: Path, checkpoint: Path) -> None:
     weights = {name.replace(".default", ""): value for name, value in loaded.state_dict().items() if "lora_" in name}
     assert weights.keys() == saved.keys()
     assert all(torch.equal(weights[name], saved[name]) for name in saved)
+
+
+def test_checkpointing_changes_no_result_and_leaves_the_tower_out(
+    train: Train, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The LLM's layers run again in backward, the frozen tower's do not."""
+    calls: dict[str, int] = {}
+    build = entry.build_trainer
+
+    def build_and_count(*args, **kwargs):  # type: ignore[no-untyped-def]
+        trainer = build(*args, **kwargs)
+        for name, module in trainer.model.named_modules():
+            if name.endswith(".mlp"):
+                part = "tower" if "vision_tower" in name else "llm"
+                module.register_forward_pre_hook(lambda *_, part=part: calls.update({part: calls.get(part, 0) + 1}))
+        return trainer
+
+    monkeypatch.setattr(entry, "build_trainer", build_and_count)
+    assert train(tmp_path / "run", activation_checkpointing=True) == 0
+    assert same_files(finished, tmp_path / "run")
+    assert calls == {"tower": 18 * 2, "llm": 18 * 2 * 2}  # steps x layers (x 2)
