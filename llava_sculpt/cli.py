@@ -206,6 +206,56 @@ def _merge(options: argparse.Namespace) -> int:
     return 0
 
 
+def _add_edit(parser: argparse.ArgumentParser) -> None:
+    methods = parser.add_subparsers(dest="edit", required=True, metavar="METHOD")
+
+    def add(name: str, summary: str) -> argparse.ArgumentParser:
+        method = methods.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        method.add_argument("--adapter", type=Path, required=True, help="folder of a run or checkpoint")
+        method.add_argument("--out", type=Path, required=True, help="new folder for the result")
+        return method
+
+    pruned = add("post_prune", "the largest entries of trained A and B -> an adapter")
+    pruned.add_argument("--density", type=float, default=0.1, help="fraction of entries kept (default 0.1)")
+    dare = add("dare", "drop entries of the delta at random, rescale the rest -> a merged model")
+    dare.add_argument("--drop", type=float, help="probability that an entry is dropped (default 0.9)")
+    tailor = add("model_tailor", "the fine-tuned entries that matter, compensated -> a merged model")
+    tailor.add_argument("--keep", type=float, default=0.1, help="fraction of fine-tuned entries kept (default 0.1)")
+    tailor.add_argument("--data_path", required=True, help="training JSON the calibration samples are drawn from")
+    tailor.add_argument("--image_folder", required=True, help="folder its `image` paths start from")
+    tailor.add_argument("--samples", type=int, default=128, help="calibration samples (default 128)")
+    tailor.add_argument("--no_compensation", action="store_true", help="leave kept entries as they are")
+    for merged in (dare, tailor):
+        merged.add_argument("--seed", type=int, default=42)
+        merged.add_argument("--base", help="base checkpoint, if not the one the adapter names")
+
+
+def _edit(options: argparse.Namespace) -> int:
+    from llava_sculpt.methods import DROP
+    from llava_sculpt.model.edit import dare, post_prune
+    from llava_sculpt.model.tailor import model_tailor
+
+    if options.edit == "post_prune":
+        post_prune(options.adapter, options.out, options.density)
+    elif options.edit == "dare":
+        dare(options.adapter, options.out, DROP if options.drop is None else options.drop, options.seed, options.base)
+    else:
+        model_tailor(
+            options.adapter,
+            options.out,
+            keep=options.keep,
+            data_path=options.data_path,
+            image_folder=options.image_folder,
+            samples=options.samples,
+            seed=options.seed,
+            compensate=not options.no_compensation,
+            base=options.base,
+            progress=True,
+        )
+    print(f"{options.out}: {options.edit} of {options.adapter}")
+    return 0
+
+
 def _add_sweep(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("grid", type=Path, help="YAML file: task, split, runs (configs/grids/)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with one thread (default 2)")
@@ -227,6 +277,7 @@ _COMMANDS: dict[str, _Command] = {
     "prepare": ("official download -> training and question files", _add_prepare, _prepare),
     "convert": ("checkpoints and adapters between here and the original LLaVA", _add_convert, _convert),
     "merge": ("an adapter into its base model, weight by weight", _add_merge, _merge),
+    "edit": ("post-pruning, DARE, Model Tailor on a trained adapter", _add_edit, _edit),
     "sweep": ("many runs of the tiny scale from one grid file", _add_sweep, _sweep),
     "inspect": ("densities of an adapter beside Theorem 3.1", _add_inspect, _inspect),
 }
