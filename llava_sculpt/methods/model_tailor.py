@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llava_sculpt.sculpt import kept_count
+from llava_sculpt.sculpt import kept_count, largest_entries
 from llava_sculpt.sculpt.cmr import full_float32
 
 DAMPING = 0.01
@@ -81,7 +81,8 @@ def tailor(w_pre: Tensor, w_ft: Tensor, hessian: Tensor, keep: float, *, compens
         if not (hessian.isfinite().all() and w_ft.isfinite().all()):
             raise ValueError("inf or NaN in the weights or their inputs")
         damped = damp(hessian)
-        kept = _best(scores(w_pre, w_ft, damped), keep)
+        score = scores(w_pre, w_ft, damped)
+        kept = largest_entries(score.flatten(), kept_count(score.numel(), keep)).view(score.shape)
         restored = torch.where(kept, 0, w_pre - w_ft)
         plain_error = _error(restored, hessian)
         change, error = restored, plain_error
@@ -113,16 +114,6 @@ def _standard(x: Tensor) -> Tensor:
     """Standard scores over a block; 0 where all entries are equal."""
     spread = x.std(correction=0)
     return (x - x.mean()) / torch.where(spread > 0, spread, 1)
-
-
-def _best(score: Tensor, keep: float) -> Tensor:
-    """Mask of the ``floor(keep * numel)`` largest; among equals the lowest index."""
-    flat = score.flatten()
-    count = kept_count(flat.numel(), keep)
-    mask = torch.zeros_like(flat, dtype=torch.bool)
-    if count:
-        mask[flat.argsort(descending=True, stable=True)[:count]] = True
-    return mask.view(score.shape)
 
 
 def _error(change: Tensor, hessian: Tensor) -> float:

@@ -127,6 +127,9 @@ def load_for_inference(path: str, *, base: str | None = None, dtype: torch.dtype
     model: nn.Module = load_base(checkpoint, dtype)
     if is_adapter:
         model = load_adapter(model, folder, checkpoint)
+        if model.peft_config["default"].use_dora and dtype == torch.float32:
+            # PEFT takes the norms of W + BA anew for every token; merged in float32 the model answers the same.
+            model.merge_adapter()
     model.eval()
     if torch.cuda.is_available():
         model.to("cuda")

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava_sculpt.config import Config, parse_config, read_command_line, read_yaml
+from llava_sculpt.config import REGULARIZED_METHODS, Config, parse_config, read_command_line, read_yaml
 from llava_sculpt.data.conversation import IMAGE_TOKEN_INDEX, encode_record, record_problems
 from llava_sculpt.data.dataset import read_records
 from llava_sculpt.data.tokenizer import LlavaTokenizer
@@ -309,6 +309,14 @@ def _notes(config: Config, setup: Setup, *, read_lengths: bool) -> Iterator[str]
     optimizer = str(getattr(config.training.optim, "value", config.training.optim))
     if not optimizer.startswith("adamw"):
         yield f"optim {optimizer}: its states are counted as Adam's"
+    method, matrices = config.sculpt.method, setup.architecture.layer_matrices
+    if method == "dora":
+        # PEFT makes BA by sending an identity through it, adds it to W and takes norms, module by module.
+        beside = setup.width * max(columns**2 + 3 * rows * columns for rows, columns in matrices)
+        yield f"method dora: the norms of W + BA, about {_gib(beside)} for a moment in every layer, are not counted"
+    if method in REGULARIZED_METHODS:
+        copies = 4 * setup.llm_lora // setup.gpus
+        yield f"method {method}: what its term keeps until backward, up to {_gib(copies)}, is not counted"
 
 
 def zero_stage(deepspeed: str | dict[str, Any] | None) -> int | None:

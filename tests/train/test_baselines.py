@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llava_sculpt.errors import UserError
-from llava_sculpt.model.adapter import ADAPTER_CONFIG, ADAPTER_FILE, CONNECTOR_FILE, MASKS_FILE
-from llava_sculpt.model.load import load_for_inference
+from llava_sculpt.model.adapter import ADAPTER_CONFIG, ADAPTER_FILE, CONNECTOR_FILE, MASKS_FILE, load_adapter
+from llava_sculpt.model.checkpoint import find_base_checkpoint
+from llava_sculpt.model.load import load_base, load_for_inference
 from llava_sculpt.model.lora import lora_pairs
 from tests.train.conftest import Train
 from tests.train.test_resume import cut_off_after
@@ -95,6 +96,19 @@ def test_dora_loads_as_it_was_trained(dora: Path) -> None:
     own = {key: parameter for pair in lora_pairs(model) for key, parameter in pair.parameters()}
     assert own.keys() == saved.keys()
     assert all(torch.equal(own[key], saved[key]) for key in saved)
+
+
+def test_dora_is_merged_for_inference_and_computes_the_same(dora: Path, checkpoint: Path) -> None:
+    loaded = load_for_inference(str(dora))
+    assert all(pair.layer.merged for pair in lora_pairs(loaded.model))
+    base = find_base_checkpoint(str(checkpoint))
+    unmerged = load_adapter(load_base(base, torch.float32), dora, base).eval()
+    inputs = {"input_ids": torch.arange(3, 40).unsqueeze(0), "use_cache": False}
+    with torch.no_grad():
+        merged_logits, logits = loaded.model(**inputs).logits, unmerged(**inputs).logits
+        plain = load_base(base, torch.float32).eval()(**inputs).logits
+    assert torch.allclose(merged_logits, logits, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(plain, logits, rtol=1e-2, atol=1e-3)
 
 
 def test_dora_without_a_magnitude_is_refused(dora: Path, tmp_path: Path) -> None:
