@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import load_file
 
 from llava_sculpt.model.adapter import ADAPTER_FILE, CONNECTOR_FILE, MASKS_FILE
+from llava_sculpt.model.checkpoint import find_base_checkpoint
+from llava_sculpt.model.load import load_base
 from tests.train.test_resume import cut_off_after
 from tests.train.test_training import log_of, same_files
 
@@ -293,3 +295,17 @@ def test_engines_that_are_not_supported_are_refused(flags: dict[str, str], tmp_p
     output = launch(DEEPSPEED, options, tmp_path / "run", code=None)
     assert "stage must be 2 or 3, got 1" in output and "offload_param to nvme" in output
     assert "Traceback" not in output and not (tmp_path / "run").exists()
+
+
+@needs_deepspeed
+def test_bf16_does_not_freeze_doras_magnitudes(flags: dict[str, str], checkpoint: Path, tmp_path: Path) -> None:
+    """Working copies are bf16 and move in coarse steps; the float32 masters behind them add up the small ones."""
+    options = {**flags, **zero("zero2"), "per_device_train_batch_size": "2", "bf16": "True", "method": "dora"}
+    launch(DEEPSPEED, options, tmp_path / "run")
+    trained = load_file(tmp_path / "run" / ADAPTER_FILE)
+    weights = load_base(find_base_checkpoint(str(checkpoint)), torch.float32).state_dict()
+    moved = []
+    for key in (key for key in trained if key.endswith(".lora_magnitude_vector")):
+        name = key.removeprefix("base_model.model.").replace("lora_magnitude_vector", "weight")
+        moved.append(trained[key].float() != weights[name].norm(dim=1).bfloat16().float())
+    assert len(moved) == 14 and torch.cat(moved).float().mean() > 0.5
