@@ -18,6 +18,7 @@ from llava_sculpt.data.tokenizer import LlavaTokenizer
 from llava_sculpt.errors import UserError
 from llava_sculpt.model.adapter import ADAPTER_CONFIG, RUN_FILE, load_adapter
 from llava_sculpt.model.checkpoint import BaseCheckpoint, find_base_checkpoint
+from llava_sculpt.model.lora import lora_pairs
 
 
 def load_base(
@@ -127,6 +128,9 @@ def load_for_inference(path: str, *, base: str | None = None, dtype: torch.dtype
     model: nn.Module = load_base(checkpoint, dtype)
     if is_adapter:
         model = load_adapter(model, folder, checkpoint)
+        if dtype == torch.float32 and any(pair.magnitude is not None for pair in lora_pairs(model)):
+            # PEFT takes the norms of W + BA anew for every token; merged in float32 the model answers the same.
+            model.merge_adapter()
     model.eval()
     if torch.cuda.is_available():
         model.to("cuda")

@@ -12,7 +12,7 @@ from llava_sculpt.sculpt.cmr import (
     conflict_terms,
     prepared_penalty,
 )
-from llava_sculpt.sculpt.masks import kept_count, magnitude_mask
+from llava_sculpt.sculpt.masks import kept_count, largest_entries, magnitude_mask
 from llava_sculpt.sculpt.partitioned import WeightPiece, partitioned_penalties, partitioned_retentions
 from llava_sculpt.sculpt.retention import Retention, frobenius_norm, retention_mask
 from llava_sculpt.sculpt.schedule import SculptSchedule
@@ -31,6 +31,7 @@ __all__ = [
     "expected_density",
     "frobenius_norm",
     "kept_count",
+    "largest_entries",
     "magnitude_mask",
     "partitioned_penalties",
     "partitioned_retentions",

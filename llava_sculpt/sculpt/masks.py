@@ -45,10 +45,15 @@ def magnitude_mask(x: Tensor, density: float) -> Tensor:
         magnitude = magnitude.float()  # exact, and many selection kernels exist only from 32 bits on
     if magnitude.isnan().any():
         raise ValueError("cannot rank magnitudes: the tensor holds NaN")
-    if kept == 0:
-        return torch.zeros_like(x, dtype=torch.bool)
-    threshold = magnitude.topk(kept, sorted=False).values.min()
-    mask = magnitude > threshold
-    ties = (magnitude == threshold).nonzero().squeeze(1)  # ascending flat indices
-    mask[ties[: kept - int(mask.sum())]] = True
-    return mask.view(x.shape)
+    return largest_entries(magnitude, kept).view(x.shape)
+
+
+def largest_entries(values: Tensor, count: int) -> Tensor:
+    """Mask of the ``count`` largest of ``values`` (n,), free of NaN; among equals those of lowest index."""
+    if count == 0:
+        return torch.zeros_like(values, dtype=torch.bool)
+    threshold = values.topk(count, sorted=False).values.min()
+    mask = values > threshold
+    ties = (values == threshold).nonzero().squeeze(1)  # ascending
+    mask[ties[: count - int(mask.sum())]] = True
+    return mask

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from llava_sculpt.cli import main
+from llava_sculpt.cli import _METHODS, main
+from llava_sculpt.config import METHODS, parse_config
+from llava_sculpt.experiments import finetune
 from tests.train.conftest import flags, train  # noqa: F401
 
 
@@ -41,6 +43,29 @@ def test_a_flag_that_no_command_knows() -> None:
         check=False,
     )
     assert done.returncode == 2 and "--colour" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_one_flag_of_a_committed_recipe(
+    method: str,
+    training_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`--method` of the main job, down to the configuration that training gets."""
+    assert _METHODS == METHODS
+    prepared = tmp_path / "iconqa"
+    prepared.mkdir()
+    (prepared / "train.json").write_bytes((training_data / "train.json").read_bytes())
+    (prepared / "manifest.json").write_text(json.dumps({"image_folder": str(training_data / "images")}))
+    monkeypatch.setitem(finetune.DATA, "tiny", tmp_path)
+    configs = []
+    monkeypatch.setattr(finetune, "train_main", lambda argv: configs.append(parse_config(argv)) or 0)
+    assert finetune._train("iconqa", "tiny", method, 16, 7, tmp_path / "run", ["--reg_lambda", "0.5"]) == 0
+    (config,) = configs
+    assert (config.sculpt.method, config.model.lora_r, config.training.seed) == (method, 16, 7)
+    assert config.sculpt.reg_lambda == 0.5
+    assert config.training.learning_rate == (4e-3 if method == "sculpt" else 7e-4)
 
 
 def test_inspect_tells_densities(train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
