@@ -9,19 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import DynamicCache, GenerationConfig, LlavaForConditionalGeneration
+from transformers import DynamicCache, GenerationConfig
 
 from llava_sculpt.data.collator import left_pad
 from llava_sculpt.data.conversation import IMAGE_TOKEN_INDEX
 from llava_sculpt.data.tokenizer import LlavaTokenizer
 
-# Two logits that are closer than this are a tie. In float32 the largest change of a logit's margin seen between batch
-# sizes was 2e-5 on the tiny model; 16-bit formats round the logits themselves, by 2^-3 (bfloat16) from 16 on.
+# Two logits that are closer than this are a tie. In float32 the largest change of a margin seen between batch sizes was
+# 4e-6 on the tiny model; 16-bit formats round the logits themselves, bfloat16 to multiples of 2^-3 from 16 on.
 _TIE = {torch.float32: 1e-3, torch.float16: 0.0625, torch.bfloat16: 0.25}
 # Rows that speak on while a batch is nearly empty are put off, to be finished together with those of other batches.
 _PUT_OFF_AFTER = 8
@@ -58,18 +58,15 @@ class Decoder:
 
     def __init__(self, model: nn.Module, tokenizer: LlavaTokenizer, max_new_tokens: int) -> None:
         """`model`: a LlavaForConditionalGeneration or a PeftModel around one, used as it is (device, dtype)."""
-        llava = model.get_base_model() if isinstance(model, PeftModel) else model
-        assert isinstance(llava, LlavaForConditionalGeneration)
-        self.llava = llava
+        self.llava: Any = cast(Any, model).get_base_model() if isinstance(model, PeftModel) else model
         self.tokenizer = tokenizer
         self.max_new_tokens = max_new_tokens
-        weight: Any = llava.get_input_embeddings().weight
+        weight = self.llava.get_input_embeddings().weight
         self.device, self.dtype = weight.device, weight.dtype
         self.tie = _TIE[self.dtype]
-        config: Any = llava.config
-        self.image_tokens = image_token_count(config)
-        self.generation = _greedy(config, tokenizer, max_new_tokens)
-        self.heads: dict[tuple[int, ...], DynamicCache] = {}  # of one row each
+        self.image_tokens = image_token_count(self.llava.config)
+        self.generation = _greedy(self.llava.config, tokenizer, max_new_tokens)
+        self.heads: dict[tuple[int, ...], list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
     def answer(
         self, batch: Sequence[Prompt], images: dict[str, torch.Tensor], may_put_off: bool
@@ -110,11 +107,11 @@ class Decoder:
                 rows = [rows[row] for row in keep]
                 if not rows:
                     break
-                if may_put_off and step + 1 >= _PUT_OFF_AFTER and len(rows) * _PUT_OFF_SHARE <= len(batch):
-                    break
                 kept = torch.tensor(keep, device=self.device)
                 cache.batch_select_indices(kept)
                 mask, positions = mask[kept], positions[kept]
+            if may_put_off and step + 1 >= _PUT_OFF_AFTER and len(rows) * _PUT_OFF_SHARE <= len(batch):
+                break
             ids = torch.tensor([[prompt.said[-1]] for prompt in rows], device=self.device)
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
             positions = positions[:, -1:] + 1
@@ -127,12 +124,12 @@ class Decoder:
         names = list(dict.fromkeys(prompt.image for prompt in rows if prompt.image is not None))
         (head,) = {tuple(prompt.head) for prompt in rows}  # the conversation's beginning, the same for all
         if head not in self.heads:
-            cache = DynamicCache()
-            self.llava.model(input_ids=torch.tensor([head], device=self.device), past_key_values=cache, use_cache=True)
-            self.heads[head] = cache
+            first: Any = DynamicCache()
+            self.llava.model(input_ids=torch.tensor([head], device=self.device), past_key_values=first, use_cache=True)
+            self.heads[head] = [(layer.keys, layer.values) for layer in first.layers]
         cache = DynamicCache()
-        for number, layer in enumerate(self.heads[head].layers):
-            cache.update(*(x.expand(len(names), -1, -1, -1) for x in (layer.keys, layer.values)), number)
+        for number, (keys, values) in enumerate(self.heads[head]):
+            cache.update(keys.expand(len(names), -1, -1, -1), values.expand(len(names), -1, -1, -1), number)
         ids = torch.full((len(names), self.image_tokens), self.llava.config.image_token_id, device=self.device)
         pixels = torch.stack([images[name] for name in names]).to(self.device, self.dtype)
         self.llava.model(input_ids=ids, pixel_values=pixels, past_key_values=cache, use_cache=True)
@@ -154,13 +151,11 @@ class Decoder:
     def _answer_alone(self, prompt: Prompt, images: dict[str, torch.Tensor]) -> str:
         image = [IMAGE_TOKEN_INDEX] if prompt.image is not None else []
         ids = [prompt.head + image + prompt.tail]
-        inputs: dict[str, Any] = left_pad(
-            ids, self.generation.pad_token_id, self.llava.config.image_token_id, self.image_tokens
-        )
+        inputs = left_pad(ids, self.generation.pad_token_id, self.llava.config.image_token_id, self.image_tokens)
         if prompt.image is not None:
             inputs["pixel_values"] = images[prompt.image][None].to(self.dtype)
         inputs = {name: value.to(self.device) for name, value in inputs.items()}
-        output: Any = self.llava.generate(**inputs, generation_config=self.generation)
+        output = self.llava.generate(**inputs, generation_config=self.generation)
         new = output[0, inputs["input_ids"].shape[1] :].tolist()
         return self._text(new[: new.index(self.tokenizer.eos_id)] if self.tokenizer.eos_id in new else new)
 
