@@ -58,7 +58,7 @@ class Decoder:
 
     def __init__(self, model: nn.Module, tokenizer: LlavaTokenizer, max_new_tokens: int) -> None:
         """`model`: a LlavaForConditionalGeneration or a PeftModel around one, used as it is (device, dtype)."""
-        self.llava: Any = cast(Any, model).get_base_model() if isinstance(model, PeftModel) else model
+        self.llava = cast(Any, model.get_base_model() if isinstance(model, PeftModel) else model)
         self.tokenizer = tokenizer
         self.max_new_tokens = max_new_tokens
         weight = self.llava.get_input_embeddings().weight
