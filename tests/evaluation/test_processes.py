@@ -179,12 +179,12 @@ def test_a_broken_image_ends_all_processes(data, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_thousand_questions_whatever_batch_and_processes(tiny_world, tmp_path):
-    tasks = {"iconqa": 300, "okvqa": 0, "gqa": 300, "ocrvqa": 300, "coco": 100}
-    del tasks["okvqa"]
+    tasks = {"coco": 300, "gqa": 300, "iconqa": 200, "ocrvqa": 200}
     data = small(tiny_world, tmp_path / "data", tasks)
     found = {}
-    for batch_size, processes in ((1, 1), (7, 1), (64, 1), (1, 2), (7, 2), (64, 2)):
+    for batch_size, processes in ((64, 2), (64, 1), (7, 1), (1, 1)):
         out = tmp_path / f"{batch_size}_{processes}"
         flags = ["--tasks", ",".join(tasks), "--batch_size", str(batch_size), "--gpus", str(processes)]
         done = run(*command(data, out, *flags))
