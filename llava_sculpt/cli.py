@@ -143,16 +143,16 @@ def _eval(options: argparse.Namespace) -> int:
             progress=sys.stderr.isatty(),
         )
         first = processes.rank() == 0
-    comparison = (
-        compare({name: entry["score"] for name, entry in results["tasks"].items()}) if options.calibrate else []
-    )
-    if first:
-        results["base"] = loaded.checkpoint.fingerprint()
-        write_json(folder / "results.json", results)
-        print(f"{format_table([(options.model, results)])}\n\n{format_details(results)}")
-        print(f"\nresults: {folder / 'results.json'}")
-        if options.calibrate:
-            print(f"\n{format_comparison(comparison)}")
+    if not first:
+        return 0
+    results["base"] = loaded.checkpoint.fingerprint()
+    write_json(folder / "results.json", results)
+    print(f"{format_table([(options.model, results)])}\n\n{format_details(results)}")
+    print(f"\nresults: {folder / 'results.json'}")
+    if not options.calibrate:
+        return 0
+    comparison = compare({name: entry["score"] for name, entry in results["tasks"].items()})
+    print(f"\n{format_comparison(comparison)}")
     return 0 if all(row.within for row in comparison) else 1
 
 
@@ -175,9 +175,8 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
 def _prepare(options: argparse.Namespace) -> int:
     from llava_sculpt.benchmarks import prepare_benchmark
 
-    given = {
-        k: v for k, v in vars(options).items() if k not in ("command", "train_flags", "arguments", "name", "raw", "out")
-    }
+    own = ("command", "train_flags", "arguments", "name", "raw", "out")
+    given = {k: v for k, v in vars(options).items() if k not in own}
     manifest = prepare_benchmark(options.name, options.raw, options.out, **given)
     counts = ", ".join(f"{split} {facts['n']:,}" for split, facts in manifest["splits"].items())
     print(f"{options.out}: {counts}; {manifest['prompt_style']}; {manifest['license']}")
