@@ -36,6 +36,7 @@ lint: setup  ## ruff, mypy, YAML and shell scripts
 bench: setup  ## speed and memory as ratios against named baselines
 	$(BIN)/python benchmarks/cmr.py
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/evaluation.py
 
 tiny-model: setup  ## rebuild data/tiny_llava (about half an hour on two cores)
 	$(BIN)/python -m llava_sculpt.tiny.pretrain --out data/tiny_llava

@@ -29,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     if rest and options.command not in ("finetune", "plan"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.train_flags = rest
+    options.arguments = arguments
     try:
         return _COMMANDS[options.command][2](options)
     except UserError as error:
@@ -97,38 +98,63 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max_new_tokens", type=int, default=128)
     parser.add_argument("--okvqa_variant", choices=["authors", "official"], default="authors")
     parser.add_argument("--output_dir", type=Path, help="for results.json and predictions/ (default: runs/eval/MODEL)")
+    parser.add_argument("--gpus", type=int, default=1, help="processes, one per GPU (on CPU they share the cores)")
+    parser.add_argument("--calibrate", action="store_true", help="compare LLaVA-1.5-7B with its published scores")
+    parser.epilog = (
+        "Also under torchrun: torchrun --nproc_per_node 4 -m llava_sculpt.cli eval ... "
+        "Interrupted? The same command goes on; --gpus and --batch_size may differ and change no answer."
+    )
 
 
 def _eval(options: argparse.Namespace) -> int:
+    from llava_sculpt.evaluation import processes
+    from llava_sculpt.evaluation.calibrate import check_calibration, compare, format_comparison
     from llava_sculpt.evaluation.run import evaluate, load_tasks, tasks_of
     from llava_sculpt.evaluation.table import format_details, format_table
+    from llava_sculpt.model.checkpoint import find_base_checkpoint
     from llava_sculpt.model.load import load_for_inference
     from llava_sculpt.records import write_json
 
+    if options.gpus < 1:
+        raise UserError(f"--gpus must be at least 1, got {options.gpus}")
     tasks = tasks_of(options.tasks)
-    load_tasks(tasks, options.data_root, options.split)
-    loaded = load_for_inference(options.model, base=options.base)
-    folder = options.output_dir or Path("runs/eval") / Path(options.model).name
-    results = evaluate(
-        loaded.model,
-        loaded.tokenizer,
-        loaded.preprocessor,
-        tasks,
-        options.data_root,
-        options.split,
-        options.batch_size,
-        folder,
-        target=options.target,
-        model_id=options.model,
-        max_new_tokens=options.max_new_tokens,
-        okvqa_variant=options.okvqa_variant,
-        progress=sys.stderr.isatty(),
-    )
+    prepared = load_tasks(tasks, options.data_root, options.split)
+    if options.calibrate:
+        styles = {task.name: task.prompt_style for task in prepared}
+        check_calibration(find_base_checkpoint(options.model).config, options.model, options.split, styles)
+    if options.gpus > 1 and not processes.started():
+        return processes.launch(options.gpus, main, options.arguments)
+    with processes.process_group():
+        loaded = load_for_inference(options.model, base=options.base)
+        folder = options.output_dir or Path("runs/eval") / Path(options.model).name
+        results = evaluate(
+            loaded.model,
+            loaded.tokenizer,
+            loaded.preprocessor,
+            tasks,
+            options.data_root,
+            options.split,
+            options.batch_size,
+            folder,
+            model_fingerprint=loaded.fingerprint(),
+            target=options.target,
+            model_id=options.model,
+            max_new_tokens=options.max_new_tokens,
+            okvqa_variant=options.okvqa_variant,
+            progress=sys.stderr.isatty(),
+        )
+        first = processes.rank() == 0
+    if not first:
+        return 0
     results["base"] = loaded.checkpoint.fingerprint()
     write_json(folder / "results.json", results)
     print(f"{format_table([(options.model, results)])}\n\n{format_details(results)}")
     print(f"\nresults: {folder / 'results.json'}")
-    return 0
+    if not options.calibrate:
+        return 0
+    comparison = compare({name: entry["score"] for name, entry in results["tasks"].items()})
+    print(f"\n{format_comparison(comparison)}")
+    return 0 if all(row.within for row in comparison) else 1
 
 
 def _add_prepare(parser: argparse.ArgumentParser) -> None:
@@ -150,7 +176,8 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
 def _prepare(options: argparse.Namespace) -> int:
     from llava_sculpt.benchmarks import prepare_benchmark
 
-    given = {k: v for k, v in vars(options).items() if k not in ("command", "train_flags", "name", "raw", "out")}
+    own = ("command", "train_flags", "arguments", "name", "raw", "out")
+    given = {k: v for k, v in vars(options).items() if k not in own}
     manifest = prepare_benchmark(options.name, options.raw, options.out, **given)
     counts = ", ".join(f"{split} {facts['n']:,}" for split, facts in manifest["splits"].items())
     print(f"{options.out}: {counts}; {manifest['prompt_style']}; {manifest['license']}")

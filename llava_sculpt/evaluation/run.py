@@ -9,14 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+import llava_sculpt
 from llava_sculpt.benchmarks import SOURCES, TARGETS
 from llava_sculpt.benchmarks.common import MANIFEST, json_lines, load_json
+from llava_sculpt.data.conversation import encode_prompt
 from llava_sculpt.data.images import ImagePreprocessor
 from llava_sculpt.data.tokenizer import LlavaTokenizer
 from llava_sculpt.errors import UserError
+from llava_sculpt.evaluation.decode import image_token_count
 from llava_sculpt.evaluation.generate import generate_answers
+from llava_sculpt.evaluation.journal import Journal, Progress
+from llava_sculpt.evaluation.processes import from_first, rank, share_out, wait_for_all, world_size
 from llava_sculpt.evaluation.scorers import Score, score_predictions
 from llava_sculpt.records import versions, write_atomically
 
@@ -78,6 +84,7 @@ def evaluate(
     batch_size: int,
     out_dir: Path,
     *,
+    model_fingerprint: str,
     target: str | None = None,
     model_id: str = "",
     max_new_tokens: int = 128,
@@ -86,6 +93,10 @@ def evaluate(
 ) -> Results:
     """Answer and score `tasks`; write `out_dir/predictions/<task>.jsonl` and return the content of
     `results.json`.
+
+    Processes of a process group share the questions out; all return the results, the first one writes. Answers
+    are kept as they come (`evaluation/journal.py`): after a kill the same call, with any number of processes and any
+    batch size, answers only what is left. `model_fingerprint` tells whether it is the same model.
 
     The predictions are in LLaVA's answers format. `target` ("iconqa" or "coco") is the task that counts as
     Target; by default the one of them that is evaluated. Results: "tasks" {name: score, n, split, metric,
@@ -99,23 +110,50 @@ def evaluate(
     loaded = load_tasks(tasks, data_root, split)
     target = choose_target([task.name for task in loaded], target)
     decoding = f"greedy, at most {max_new_tokens} new tokens"
-    scored: dict[str, dict[str, Any]] = {}
-    for task in loaded:
-        texts = generate_answers(
-            model,
-            tokenizer,
-            preprocessor,
-            task.questions,
-            task.image_folder,
-            batch_size,
-            max_new_tokens,
-            progress=task.name if progress else None,
+    folder = out_dir / "predictions"
+    journals = {task.name: Journal(folder, task.name, _key(model_fingerprint, task, max_new_tokens)) for task in loaded}
+    known = from_first(lambda: {name: journal.read() for name, journal in journals.items()})
+
+    def answer_rest(task: Task) -> None:
+        rest = [question for question in task.questions if question["question_id"] not in known[task.name]]
+        shares = share_out(
+            [len(encode_prompt(q["text"], tokenizer, has_image=False)) for q in rest],
+            [q.get("image") for q in rest],
+            image_token_count(model.config),
+            world_size(),
         )
-        metadata = {"split": split, "prompt_style": task.prompt_style, "decoding": decoding}
-        _write_predictions(out_dir / "predictions" / f"{task.name}.jsonl", task, texts, model_id, metadata)
-        pairs = [(question["question_id"], text) for question, text in zip(task.questions, texts, strict=True)]
-        score = score_predictions(task.name, task.gold, pairs, okvqa_variant=okvqa_variant)
-        scored[task.name] = _entry(score, metadata)
+        mine = [rest[place] for place in shares[rank()]]
+        journal = journals[task.name]
+        try:
+            for answers in generate_answers(
+                model, tokenizer, preprocessor, mine, task.image_folder, batch_size, max_new_tokens
+            ):
+                journal.append({mine[place]["question_id"]: text for place, text in answers.items()}, rank())
+        finally:
+            journal.close()
+
+    def write_and_score() -> dict[str, dict[str, Any]]:
+        scored = {}
+        for task in loaded:
+            answers = journals[task.name].read()
+            pairs = [(question["question_id"], answers[question["question_id"]]) for question in task.questions]
+            metadata = {"split": split, "prompt_style": task.prompt_style, "decoding": decoding}
+            _write_predictions(folder / f"{task.name}.jsonl", task, [text for _, text in pairs], model_id, metadata)
+            score = score_predictions(task.name, task.gold, pairs, okvqa_variant=okvqa_variant)
+            scored[task.name] = _entry(score, metadata)
+        for journal in journals.values():
+            journal.remove()
+        return scored
+
+    total = sum(len(task.questions) for task in loaded)
+    with Progress(list(journals.values()), total, show=progress and rank() == 0):
+        try:
+            for task in loaded:
+                answer_rest(task)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot write the predictions: {error}") from error
+        wait_for_all()
+    scored = from_first(write_and_score)
     settings = {
         "split": split,
         "max_new_tokens": max_new_tokens,
@@ -131,6 +169,12 @@ def evaluate(
         "config_hash": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
         "versions": versions(),
     }
+
+
+def _key(model_fingerprint: str, task: Task, max_new_tokens: int) -> str:
+    """What decides the answers to a task: model, questions, decoding, and the code that does it."""
+    parts = [llava_sculpt.__version__, torch.__version__, model_fingerprint, task.fingerprint, max_new_tokens]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def summarise(scores: Mapping[str, float], target: str | None) -> dict[str, Any]:
@@ -175,6 +219,7 @@ def _load_task(name: str, folder: Path, split: str) -> Task:
 def _read_questions(file: Path, content: bytes) -> list[dict[str, Any]]:
     questions: list[dict[str, Any]] = []
     problems: list[str] = []
+    seen: set[Any] = set()
     # Not splitlines(): JSON leaves U+2028 and its like unescaped inside a record.
     for number, line in enumerate(content.decode("utf-8").split("\n"), 1):
         if not line.strip():
@@ -183,6 +228,10 @@ def _read_questions(file: Path, content: bytes) -> list[dict[str, Any]]:
             record = json.loads(line)
             if not isinstance(record, dict) or not {"question_id", "text"} <= record.keys():
                 problems.append(f"{file}: line {number}: needs question_id and text")
+            elif record["question_id"] in seen:
+                problems.append(f"{file}: line {number}: question_id {record['question_id']!r} is there twice")
+            else:
+                seen.add(record["question_id"])
             questions.append(record)
         except json.JSONDecodeError as error:
             problems.append(f"{file}: line {number}: not valid JSON ({error.msg})")

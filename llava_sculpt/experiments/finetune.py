@@ -156,6 +156,7 @@ def _evaluate(
         split,
         EVAL_BATCH[scale],
         folder,
+        model_fingerprint=loaded.fingerprint(),
         target=task,
         model_id=label,
         progress=sys.stderr.isatty(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from dataclasses import dataclass
@@ -16,9 +17,10 @@ from transformers.utils import is_bitsandbytes_available
 from llava_sculpt.data.images import ImagePreprocessor
 from llava_sculpt.data.tokenizer import LlavaTokenizer
 from llava_sculpt.errors import UserError
-from llava_sculpt.model.adapter import ADAPTER_CONFIG, RUN_FILE, load_adapter
+from llava_sculpt.model.adapter import ADAPTER_CONFIG, ADAPTER_FILE, CONNECTOR_FILE, RUN_FILE, load_adapter
 from llava_sculpt.model.checkpoint import BaseCheckpoint, find_base_checkpoint
 from llava_sculpt.model.lora import lora_pairs
+from llava_sculpt.records import file_sha256
 
 
 def load_base(
@@ -102,6 +104,16 @@ class Inference:
     tokenizer: LlavaTokenizer
     preprocessor: ImagePreprocessor
     checkpoint: BaseCheckpoint
+    adapter: Path | None
+
+    def fingerprint(self) -> str:
+        """sha256 over the base (its fingerprint), the adapter's and connector's files, dtype and kind of device."""
+        weight: Any = next(self.model.parameters())
+        parts = [self.checkpoint.fingerprint(), str(weight.dtype), weight.device.type]
+        if self.adapter is not None:
+            files = [self.adapter / name for name in (ADAPTER_CONFIG, ADAPTER_FILE, CONNECTOR_FILE)]
+            parts += [f"{file.name}:{file_sha256(file)}" for file in files if file.is_file()]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def load_for_inference(path: str, *, base: str | None = None, dtype: torch.dtype | None = None) -> Inference:
@@ -135,5 +147,9 @@ def load_for_inference(path: str, *, base: str | None = None, dtype: torch.dtype
     if torch.cuda.is_available():
         model.to("cuda")
     return Inference(
-        model, LlavaTokenizer.from_dir(checkpoint.path), ImagePreprocessor.from_dir(checkpoint.path), checkpoint
+        model,
+        LlavaTokenizer.from_dir(checkpoint.path),
+        ImagePreprocessor.from_dir(checkpoint.path),
+        checkpoint,
+        folder if is_adapter else None,
     )

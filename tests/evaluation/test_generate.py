@@ -1,4 +1,4 @@
-"""Batched greedy generation: equal to one-by-one decoding without cache, whatever the batch size."""
+"""Batched greedy generation: equal to one-by-one decoding without cache, whatever the batch."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from peft import LoraConfig, get_peft_model
 from llava_sculpt.data.conversation import IMAGE_TOKEN_INDEX, encode_prompt
 from llava_sculpt.data.images import load_rgb
 from llava_sculpt.errors import UserError
+from llava_sculpt.evaluation import decode
+from llava_sculpt.evaluation.decode import Decoder
 from llava_sculpt.evaluation.generate import generate_answers
 
 QUESTIONS = [
@@ -21,7 +23,12 @@ QUESTIONS = [
 
 def answers(world, pictures, questions=QUESTIONS, **options) -> list[str]:
     options = {"batch_size": 4, "max_new_tokens": 8, **options}
-    return generate_answers(world.model, world.tokenizer, world.preprocessor, questions, pictures, **options)
+    parts = (world.model, world.tokenizer, world.preprocessor)
+    found: dict[int, str] = {}
+    for batch in generate_answers(*parts, questions, pictures, **options):
+        assert not found.keys() & batch.keys()
+        found |= batch
+    return [found[place] for place in range(len(questions))]
 
 
 @torch.inference_mode()
@@ -52,6 +59,58 @@ def test_answers_are_those_of_plain_greedy_decoding(world, pictures):
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_the_batch_size_changes_nothing(world, pictures, batch_size):
     assert answers(world, pictures, batch_size=batch_size) == answers(world, pictures)
+
+
+def test_a_tie_is_broken_as_by_the_question_alone(world, pictures, monkeypatch):
+    alone = []
+    answer_alone = Decoder._answer_alone
+    monkeypatch.setattr(Decoder, "_answer_alone", lambda self, p, i: alone.append(p.index) or answer_alone(self, p, i))
+    assert answers(world, pictures) == [one_by_one(world, pictures, question) for question in QUESTIONS]
+    few = len(alone)
+    head = world.model.lm_head.weight
+    before = head.detach().clone()
+    try:
+        with torch.no_grad():  # every token but the end now has a twin: the best two are always equal, up to rounding
+            end = len(head) // 2 * 2
+            head[4:end:2] = head[3 : end - 1 : 2]
+        expected = [one_by_one(world, pictures, question) for question in QUESTIONS]
+        for batch_size in (1, 4, 15):
+            assert answers(world, pictures, batch_size=batch_size) == expected
+        assert len(alone) > few + len(QUESTIONS)
+    finally:
+        with torch.no_grad():
+            head.copy_(before)
+
+
+def test_long_answers_are_put_off_and_finished_together(world, pictures, monkeypatch):
+    put_off = []
+    answer = Decoder.answer
+
+    def spy(self, batch, images, may_put_off):
+        done, rest = answer(self, batch, images, may_put_off)
+        put_off.extend(prompt.index for prompt in rest)
+        return done, rest
+
+    monkeypatch.setattr(Decoder, "answer", spy)
+    monkeypatch.setattr(decode, "_PUT_OFF_AFTER", 1)
+    monkeypatch.setattr(decode, "_PUT_OFF_SHARE", 1)
+    found = answers(world, pictures, max_new_tokens=12)
+    assert len(put_off) > 5
+    assert found == [one_by_one(world, pictures, question, 12) for question in QUESTIONS]
+
+
+def test_each_image_is_seen_once_by_questions_that_share_it(world, pictures, monkeypatch):
+    seen = []
+    features = world.model.model.get_image_features
+
+    def count(pixel_values, **options):
+        seen.append(len(pixel_values))
+        return features(pixel_values, **options)
+
+    monkeypatch.setattr(world.model.model, "get_image_features", count)
+    monkeypatch.setattr(Decoder, "_answer_alone", None)
+    answers(world, pictures, batch_size=15, max_new_tokens=1)
+    assert seen == [5]
 
 
 def test_order_of_questions_does_not_matter(world, pictures):

@@ -40,7 +40,7 @@ def data_root(prepare_task, tmp_path) -> Path:
 
 
 def run(world, data_root, tmp_path, tasks, **options):
-    options = {"max_new_tokens": 4, "progress": False, "model_id": "random", **options}
+    options = {"max_new_tokens": 4, "progress": False, "model_id": "random", "model_fingerprint": "f", **options}
     parts = (world.model, world.tokenizer, world.preprocessor)
     return evaluate(*parts, tasks, data_root, "test", 2, tmp_path / "out", **options)
 

@@ -1,0 +1,104 @@
+"""What an evaluation has answered so far, on disk while it runs, so that a killed one goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from tqdm import tqdm
+
+Answers = dict[Any, str]  # by question_id
+
+
+class Journal:
+    """The answers to one task's questions: one append-only file per process beside the predictions.
+
+    `TASK.part<rank>.jsonl` begins with a line {"key": ...}, then holds one {"question_id", "text"} a line. `key` stands
+    for all that decides an answer; files with another key are of another evaluation. A line without its end, left by
+    a killed process, does not count.
+    """
+
+    def __init__(self, folder: Path, task: str, key: str) -> None:
+        self.folder, self.task, self.key = folder, task, key
+        self._stream: BinaryIO | None = None
+
+    def parts(self) -> list[Path]:
+        """The files there are, of any number of processes."""
+        return sorted(self.folder.glob(f"{self.task}.part*.jsonl"))
+
+    def read(self) -> Answers:
+        """All answers so far. Files of another evaluation, or damaged ones, are deleted, with a message on stderr."""
+        answers: Answers = {}
+        for part in self.parts():
+            content = part.read_bytes()
+            lines = content[: content.rfind(b"\n") + 1].split(b"\n")[:-1]
+            try:
+                records = [json.loads(line) for line in lines]
+                if records and records[0] != {"key": self.key}:
+                    raise ValueError("of another model, other questions or other settings")
+                answers |= {record["question_id"]: record["text"] for record in records[1:]}
+            except (ValueError, TypeError, KeyError) as error:
+                print(f"{part}: not continued: {error}; starting {self.task} anew", file=sys.stderr)
+                part.unlink()
+        return answers
+
+    def append(self, answers: Mapping[Any, str], rank: int) -> None:
+        """Add answers to this process's file; after it returns, killing the process does not lose them."""
+        if self._stream is None:
+            self._stream = self._open(self.folder / f"{self.task}.part{rank}.jsonl")
+        lines = [json.dumps({"question_id": q, "text": text}, ensure_ascii=False) for q, text in answers.items()]
+        self._stream.write("".join(line + "\n" for line in lines).encode())
+        self._stream.flush()
+
+    def close(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def remove(self) -> None:
+        """Delete the files: the predictions are complete and written."""
+        for part in self.parts():
+            part.unlink()
+
+    def _open(self, path: Path) -> BinaryIO:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = path.open("ab")
+        content = path.read_bytes()
+        stream.truncate(content.rfind(b"\n") + 1)  # a torn line would run into the next one
+        if b"\n" not in content:
+            stream.write(json.dumps({"key": self.key}).encode() + b"\n")
+        return stream
+
+
+class Progress:
+    """A bar over the answers of all processes, as their journals show them."""
+
+    def __init__(self, journals: Sequence[Journal], total: int, *, show: bool) -> None:
+        self._journals, self._total, self._show = journals, total, show
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> None:
+        if self._show:
+            self._thread.start()
+
+    def __exit__(self, *error: object) -> None:
+        if self._show:
+            self._stop.set()
+            self._thread.join()
+
+    def _watch(self) -> None:
+        done = self._count()
+        # From the answers of an earlier process on: they say nothing about how fast this one is.
+        with tqdm(total=self._total, initial=done, unit="q", desc="answers") as bar:
+            while not self._stop.wait(1):
+                bar.update(self._count() - bar.n)
+            bar.update(self._count() - bar.n)
+
+    def _count(self) -> int:
+        parts = [part for journal in self._journals for part in journal.parts()]
+        return sum(max(0, part.read_bytes().count(b"\n") - 1) for part in parts)
