@@ -156,6 +156,39 @@ def _prepare(options: argparse.Namespace) -> int:
     return 0
 
 
+def _add_score(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("benchmark", choices=_TASKS)
+    parser.add_argument("--predictions", type=Path, required=True, help="LLaVA's answers, or the official format")
+    parser.add_argument("--annotations", type=Path, required=True, help="the benchmark's official annotation file")
+    parser.add_argument("--questions", type=Path, help="question file: score these questions only")
+    parser.add_argument(
+        "--variant", choices=["authors", "official"], default="authors", help="evaluator, for okvqa and gqa"
+    )
+    parser.add_argument("--answer_style", choices=["letter", "text"], default="letter", help="iconqa's problems.json")
+    parser.add_argument("--tokenizer", choices=["ptb", "python"], default="ptb", help="coco: ptb needs Java")
+    parser.add_argument("--lenient", action="store_true", help="odd ids as in the official script, not an error")
+    parser.add_argument("--per_item", type=Path, metavar="FILE", help="write each question's score as JSON lines")
+    parser.add_argument("--json", action="store_true")
+
+
+def _score(options: argparse.Namespace) -> int:
+    from llava_sculpt.evaluation.score_files import format_score, score_files
+
+    result = score_files(
+        options.benchmark,
+        options.predictions,
+        options.annotations,
+        questions=options.questions,
+        variant=options.variant,
+        lenient=options.lenient,
+        per_item=options.per_item,
+        answer_style=options.answer_style,
+        tokenizer=options.tokenizer,
+    )
+    print(json.dumps(result, indent=2) if options.json else format_score(result))
+    return 0
+
+
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", type=Path, help="folder of a run or checkpoint")
     parser.add_argument("--json", action="store_true")
@@ -188,6 +221,7 @@ _COMMANDS: dict[str, _Command] = {
     "plan": ("memory, steps and FLOPs of a training, before it", _add_plan, _plan),
     "eval": ("score a model on the prepared tasks", _add_eval, _eval),
     "prepare": ("official download -> training and question files", _add_prepare, _prepare),
+    "score": ("a prediction file -> the official score", _add_score, _score),
     "sweep": ("many runs of the tiny scale from one grid file", _add_sweep, _sweep),
     "inspect": ("densities of an adapter beside Theorem 3.1", _add_inspect, _inspect),
 }

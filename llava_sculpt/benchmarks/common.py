@@ -61,6 +61,28 @@ class Problems:
         if isinstance(value, str) and not value.strip():
             self.add(file, where, f"field {key!r} is empty")
             return None
+        if isinstance(value, str) and not is_text(value):
+            self.add(file, where, f"field {key!r} holds half of a surrogate pair, which is not text")
+            return None
+        return value
+
+    def identifier(
+        self, record: Any, key: str, file: Path, where: str, seen: set[int | str] | None = None
+    ) -> int | str | None:
+        """`record[key]` if it is a number or non-blank text, and not yet in `seen`, to which it is added."""
+        value = record.get(key) if isinstance(record, dict) else None
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | str)
+            or (isinstance(value, str) and not value.strip())
+        ):
+            self.add(file, where, f"needs a number or a text under {key!r}")
+            return None
+        if seen is not None:
+            if value in seen:
+                self.add(file, where, f"{key} {value!r} occurs twice")
+                return None
+            seen.add(value)
         return value
 
     def texts(self, record: Any, key: str, file: Path, where: str, at_least: int = 1) -> list[str] | None:
@@ -72,7 +94,7 @@ class Problems:
             self.add(file, where, f"field {key!r} has {len(values)} entries, needs at least {at_least}")
             return None
         for position, value in enumerate(values):
-            if not isinstance(value, str) or not value.strip():
+            if not isinstance(value, str) or not value.strip() or not is_text(value):
                 self.add(file, where, f"field {key!r}, entry {position}: should be non-empty text, found {value!r}")
                 return None
         return values
@@ -136,12 +158,14 @@ def require_file(raw: Path, candidates: Sequence[str], hint: str = "") -> Path:
 def load_json(path: Path, kind: type[T]) -> T:
     """The JSON of `path`, which must be a `kind` (dict or list) and not empty."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
         raise UserError(f"{path}: not valid JSON ({place}: {error.msg})") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
+        raise UserError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(content, kind):
         raise UserError(f"{path}: should hold a JSON {kind.__name__}, found {type(content).__name__}")
     if not content:
@@ -230,6 +254,11 @@ def write_prepared(out: Path, name: str, prepared: Prepared, *, seed: int, sampl
     except OSError as error:
         raise UserError(f"{out}: cannot write the prepared data: {error}") from error
     return manifest
+
+
+def is_text(value: str) -> bool:
+    """Whether `value` can be written as UTF-8: JSON may hold half of a surrogate pair."""
+    return value.isascii() or not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def json_lines(records: Iterable[Record]) -> bytes:
