@@ -22,13 +22,13 @@ def score_gqa(
     """
     balanced = {qid: record for qid, record in gold.items() if record["isBalanced"]}
     texts = match_predictions(predictions, balanced, "gqa", ignored=gold.keys() - balanced.keys())
-    per_item: dict[QuestionId, float] = {}
-    by_type: dict[str, list[float]] = {"binary": [], "open": []}
+    correct: dict[QuestionId, bool] = {}
+    by_type: dict[str, list[bool]] = {"binary": [], "open": []}
     for qid, record in balanced.items():
         text = texts[qid].rstrip(".").lower() if variant == "authors" else texts[qid]
-        correct = text == record["answer"]
-        per_item[qid] = 100.0 * correct
-        by_type["open" if record["types"]["structural"] == "query" else "binary"].append(100.0 * correct)
-    extra = {kind: mean(values) for kind, values in by_type.items() if values}
+        correct[qid] = text == record["answer"]
+        by_type["open" if record["types"]["structural"] == "query" else "binary"].append(correct[qid])
+    extra = {kind: 100 * mean(values) for kind, values in by_type.items() if values}
     name = "exact match, balanced" if variant == "authors" else "exact match, balanced, predictions as they are"
-    return Score(mean(per_item.values()), len(per_item), "accuracy", name, per_item, extra)
+    per_item = {qid: 100.0 * right for qid, right in correct.items()}
+    return Score(100 * mean(correct.values()), len(correct), "accuracy", name, per_item, extra)
