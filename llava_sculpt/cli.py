@@ -11,6 +11,7 @@ from pathlib import Path
 from llava_sculpt.errors import UserError
 
 _TASKS = ("iconqa", "coco", "okvqa", "ocrvqa", "gqa", "textvqa")
+_ANSWER_STYLES = ("letter", "answer_letter", "text")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -139,7 +140,9 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--val_samples", type=int, default=given, help="random validation questions")
     parser.add_argument("--test_samples", type=int, default=given, help="random test questions")
     parser.add_argument("--seed", type=int, default=given)
-    parser.add_argument("--answer_style", choices=["letter", "text"], default=given, help="iconqa only")
+    parser.add_argument("--questions", type=Path, default=given, help="LLaVA question file to ask in the test split")
+    parser.add_argument("--answer_style", choices=_ANSWER_STYLES, default=given, help="iconqa only")
+    parser.add_argument("--instruction", action=argparse.BooleanOptionalAction, default=given, help="iconqa only")
     parser.add_argument("--ocr_tokens", action=argparse.BooleanOptionalAction, default=given, help="textvqa only")
     parser.add_argument("--train_captions", choices=["karpathy", "official"], default=given, help="coco only")
     parser.add_argument("--test_prompt", default=given, help="coco only")
@@ -153,6 +156,10 @@ def _prepare(options: argparse.Namespace) -> int:
     manifest = prepare_benchmark(options.name, options.raw, options.out, **given)
     counts = ", ".join(f"{split} {facts['n']:,}" for split, facts in manifest["splits"].items())
     print(f"{options.out}: {counts}; {manifest['prompt_style']}; {manifest['license']}")
+    for split, of in manifest["source_counts"].items():
+        if of["official"] not in (None, of["found"]):
+            found, official = f"{of['found']:,}", f"{of['official']:,}"
+            print(f"note: {split}: the raw files hold {found}, the official release {official}", file=sys.stderr)
     return 0
 
 
@@ -164,7 +171,7 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--variant", choices=["authors", "official"], default="authors", help="evaluator, for okvqa and gqa"
     )
-    parser.add_argument("--answer_style", choices=["letter", "text"], default="letter", help="iconqa's problems.json")
+    parser.add_argument("--answer_style", choices=_ANSWER_STYLES, default="letter", help="iconqa's problems.json")
     parser.add_argument("--tokenizer", choices=["ptb", "python"], default="ptb", help="coco: ptb needs Java")
     parser.add_argument("--lenient", action="store_true", help="odd ids as in the official script, not an error")
     parser.add_argument("--per_item", type=Path, metavar="FILE", help="write each question's score as JSON lines")

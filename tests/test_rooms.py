@@ -12,7 +12,7 @@ BELOW = {
     "sculpt": set(),
     "data": {"errors"},
     "model": {"errors", "data", "sculpt"},
-    "benchmarks": {"errors", "records"},
+    "benchmarks": {"errors", "records", "data"},
     "evaluation": {"errors", "records", "data", "benchmarks"},
     "train": {"errors", "records", "config", "data", "model", "sculpt"},
     "tiny": {"errors", "data", "benchmarks"},

@@ -10,7 +10,8 @@ import torch
 from torch.utils.data import Dataset
 
 from llava_sculpt.data.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX, encode_record, record_problems
-from llava_sculpt.data.images import ImagePreprocessor, image_problems, load_rgb
+from llava_sculpt.data.image_files import image_problems
+from llava_sculpt.data.images import ImagePreprocessor, load_rgb
 from llava_sculpt.data.tokenizer import LlavaTokenizer
 from llava_sculpt.errors import UserError
 
@@ -45,11 +46,11 @@ def read_records(data_path: str | Path) -> list[Any]:
     return records
 
 
-def validate_dataset(data_path: str | Path, image_folder: str | Path | None, threads: int = 4) -> None:
+def validate_dataset(data_path: str | Path, image_folder: str | Path | None) -> None:
     """Check every record and every image of a training file; one UserError tells all problems.
 
-    Needs neither model nor tokenizer. Each image is opened and read once, by ``threads`` threads. Image names
-    start from ``image_folder``, which may be None for a set without images.
+    Needs neither model nor tokenizer. Each image is opened and read once. Image names start
+    from ``image_folder``, which may be None for a set without images.
     """
     records = read_records(data_path)
     problems = {i: record_problems(record) for i, record in enumerate(records)}
@@ -59,7 +60,7 @@ def validate_dataset(data_path: str | Path, image_folder: str | Path | None, thr
         lines = [f"{data_path}: has samples with images, but {where} (image_folder)"]
         raise UserError(lines + _told(data_path, records, problems))
     paths = {i: Path(str(image_folder)) / name for i, name in images.items()}
-    bad = image_problems(paths.values(), threads)
+    bad = image_problems(paths.values())
     for i, path in paths.items():
         if path in bad:
             problems[i].append(f"{bad[path]}: {path}")

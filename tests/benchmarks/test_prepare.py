@@ -201,7 +201,7 @@ def test_all_problems_are_told_at_once_with_file_and_record(make_raw, tmp_path):
         ("400", "answer 3"),
         ("401", "choices"),
         ("402", "question"),
-        ("403", "zero bytes"),
+        ("403", "0 bytes"),
         ("404", "not valid JSON"),
     ):
         assert any(pid in problem and part in problem for problem in caught.value.problems), pid

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from string import ascii_uppercase
 from typing import Any
 
-from llava_sculpt.benchmarks.common import Problems, load_json, records_of
+from llava_sculpt.benchmarks.common import load_json, records_of
+from llava_sculpt.benchmarks.iconqa import answer_text
 from llava_sculpt.benchmarks.lines import read_records
+from llava_sculpt.benchmarks.problems import Problems
 from llava_sculpt.benchmarks.stream import stream_records
 from llava_sculpt.errors import UserError
 
@@ -19,8 +20,8 @@ def read_gold(benchmark: str, path: Path, answer_style: str = "letter") -> Any:
     """The gold answers of `benchmark` as its scorer takes them.
 
     Accepted: the official file of the benchmark, our `test_annotations.json`, and what the authors of the paper use.
-    `answer_style` ("letter" or "text") is what an answer to IconQA's own problems.json looks like. Raises one
-    UserError with every malformed record.
+    `answer_style` (see `benchmarks.iconqa.prepare`) is what an answer to IconQA's own problems.json looks like.
+    Raises one UserError with every malformed record.
     """
     problems = Problems()
     if not path.is_file():
@@ -113,9 +114,7 @@ def _iconqa(path: Path, problems: Problems, answer_style: str) -> list[Record]:
         if not 0 <= answer < len(choices):
             problems.add(path, where, f"answer {answer} is no index into the {len(choices)} choices")
             continue
-        gold.append(
-            {"question_id": pid, "answer": ascii_uppercase[answer] if answer_style == "letter" else choices[answer]}
-        )
+        gold.append({"question_id": pid, "answer": answer_text(answer_style, choices, answer)})
     if not gold:
         problems.add(path, "", "no choose_txt problems of the test split")
     return gold

@@ -7,8 +7,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from llava_sculpt.benchmarks.common import Problems, is_text, load_json, records_of
+from llava_sculpt.benchmarks.common import load_json, records_of
 from llava_sculpt.benchmarks.lines import read_records
+from llava_sculpt.benchmarks.problems import Problems, is_text
 from llava_sculpt.errors import UserError
 from llava_sculpt.evaluation.scorers.score import QuestionId
 
