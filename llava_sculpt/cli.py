@@ -196,6 +196,33 @@ def _score(options: argparse.Namespace) -> int:
     return 0
 
 
+def _add_check_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", type=Path, metavar="TRAIN_JSON")
+    parser.add_argument("--image_folder", type=Path, help="folder the records' image paths start from")
+    parser.add_argument("--model", required=True, help="base model: its tokenizer and config.json are enough")
+    parser.add_argument("--model_max_length", type=int, default=2048)
+    parser.add_argument("--samples", type=int, default=3, help="records to show as the model is trained on them")
+    parser.add_argument("--json", action="store_true", help="with token ids (image -200) and labels of the samples")
+
+
+def _check_data(options: argparse.Namespace) -> int:
+    from llava_sculpt.data.check import check_data, format_check
+    from llava_sculpt.data.tokenizer import LlavaTokenizer
+    from llava_sculpt.model.checkpoint import find_base_checkpoint
+
+    checkpoint = find_base_checkpoint(options.model, weights=False)
+    found = check_data(
+        options.data,
+        options.image_folder,
+        LlavaTokenizer.from_dir(checkpoint.path),
+        checkpoint.image_tokens,
+        options.model_max_length,
+        options.samples,
+    )
+    print(json.dumps(found) if options.json else format_check(found))
+    return 0
+
+
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", type=Path, help="folder of a run or checkpoint")
     parser.add_argument("--json", action="store_true")
@@ -228,6 +255,7 @@ _COMMANDS: dict[str, _Command] = {
     "plan": ("memory, steps and FLOPs of a training, before it", _add_plan, _plan),
     "eval": ("score a model on the prepared tasks", _add_eval, _eval),
     "prepare": ("official download -> training and question files", _add_prepare, _prepare),
+    "check-data": ("validate training data; show what is trained on", _add_check_data, _check_data),
     "score": ("a prediction file -> the official score", _add_score, _score),
     "sweep": ("many runs of the tiny scale from one grid file", _add_sweep, _sweep),
     "inspect": ("densities of an adapter beside Theorem 3.1", _add_inspect, _inspect),

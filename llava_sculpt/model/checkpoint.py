@@ -101,15 +101,17 @@ def check_safetensors(file: Path) -> None:
         raise UserError(f"{file}: truncated or damaged ({error}); copy or download it again") from error
 
 
-def find_base_checkpoint(name_or_path: str) -> BaseCheckpoint:
+def find_base_checkpoint(name_or_path: str, weights: bool = True) -> BaseCheckpoint:
     """Resolve a local folder, or a Hub id already in or fetched into the local cache, and check what is needed.
+
+    Without `weights` the configuration and the tokenizer are enough.
 
     Raises:
         UserError: nothing there, or every missing or damaged file of the folder.
     """
     path = Path(name_or_path)
     if not path.is_dir():
-        path = _from_hub(name_or_path)
+        path = _from_hub(name_or_path, weights)
     problems = []
     config: dict[str, Any] = {}
     try:
@@ -126,8 +128,8 @@ def find_base_checkpoint(name_or_path: str) -> BaseCheckpoint:
     for name in ("tokenizer.model", "preprocessor_config.json"):
         if not (path / name).is_file():
             problems.append(f"{path}: {name} is missing")
-    files = weight_files(path)
-    if not files:
+    files = weight_files(path) if weights else []
+    if weights and not files:
         problems.append(f"{path}: no model*.safetensors weights")
     for file in files:
         try:
@@ -139,12 +141,13 @@ def find_base_checkpoint(name_or_path: str) -> BaseCheckpoint:
     return BaseCheckpoint(path, config)
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, weights: bool) -> Path:
     if os.path.isabs(name) or name.startswith(".") or name.count("/") != 1:
         raise UserError(f"model_name_or_path: no such folder: {name}")
     from huggingface_hub import snapshot_download
 
-    wanted = ["config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.model", "*.safetensors*"]
+    wanted = ["config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.model"]
+    wanted += ["*.safetensors*"] if weights else []
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     # The hub client raises its own, requests' and OS errors: whatever it is, the model is not to be had.
