@@ -107,11 +107,12 @@ def _read_questions(
             continue
         if question_id in rows:
             problems.add(questions, where, f"question_id {question_id} occurs twice")
-        elif question_id not in gold:
-            problems.add(questions, where, f"question_id {question_id} has no entry in {annotations.name}")
         else:
             name = f"{year}/COCO_{year}_{image_id:012d}.jpg"
             rows[question_id] = Question(question_id, (name, f"images/{name}"), text, text + SHORT_ANSWER)
-    for question_id in gold.keys() - rows.keys():
-        problems.add(annotations, f"question_id {question_id}", f"has no question in {questions.name}")
-    return list(rows.values())
+    if not problems:  # otherwise a malformed record would be told twice, as itself and as missing
+        for question_id in rows.keys() - gold.keys():
+            problems.add(questions, f"question_id {question_id}", f"has no entry in {annotations.name}")
+        for question_id in gold.keys() - rows.keys():
+            problems.add(annotations, f"question_id {question_id}", f"has no question in {questions.name}")
+    return [row for question_id, row in rows.items() if question_id in gold]

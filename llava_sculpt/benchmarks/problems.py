@@ -29,6 +29,9 @@ class Problems:
             f"{file}: {record}: {message}" if record else f"{file}: {message}"
         )
 
+    def __len__(self) -> int:
+        return sum(map(len, self._by_file.values()))
+
     @contextmanager
     def gather(self, file: Path) -> Iterator[None]:
         """Note a UserError of the block (a file that is broken as a whole) and go on behind it."""

@@ -93,8 +93,8 @@ def _read_ocr(file: Path, problems: Problems) -> dict[str, list[str]]:
     for number, record in enumerate(records_of(load_json(file, dict), "data", file)):
         image_id = problems.value(record, "image_id", str, file, f"record {number}")
         found = problems.texts(record, "ocr_tokens", file, f"record {number}", at_least=0)
-        if image_id is not None and found is not None:
-            tokens[image_id] = found
+        if image_id is not None:
+            tokens[image_id] = found or []
     return tokens
 
 
