@@ -25,9 +25,10 @@ class Problems:
 
     def add(self, file: Path, record: str, message: str) -> None:
         """Note that `record` (a human-readable position, "" for the whole file) of `file` is wrong."""
-        self._by_file.setdefault(str(file), []).append(
-            f"{file}: {record}: {message}" if record else f"{file}: {message}"
-        )
+        messages = self._by_file.setdefault(str(file), [])
+        message = f"{file}: {record}: {message}" if record else f"{file}: {message}"
+        if messages[-1:] != [message]:  # a record that is no object is noted by each of its fields
+            messages.append(message)
 
     def __len__(self) -> int:
         return sum(map(len, self._by_file.values()))
@@ -80,12 +81,11 @@ class Problems:
         self, record: Any, key: str, file: Path, where: str, seen: set[int | str] | None = None
     ) -> int | str | None:
         """`record[key]` if it is a number or non-blank text, and not yet in `seen`, to which it is added."""
-        value = record.get(key) if isinstance(record, dict) else None
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | str)
-            or (isinstance(value, str) and not value.strip())
-        ):
+        if not isinstance(record, dict):
+            self.add(file, where, f"expected an object, found {type(record).__name__}")
+            return None
+        value = record.get(key)
+        if isinstance(value, bool) or not isinstance(value, int | str) or not str(value).strip():
             self.add(file, where, f"needs a number or a text under {key!r}")
             return None
         if seen is not None:

@@ -38,6 +38,8 @@ def read_records(data_path: str | Path) -> list[Any]:
         raise UserError(
             f"{path}: not valid JSON at line {error.lineno}, column {error.colno} ({error.msg}){hint}"
         ) from error
+    except ValueError as error:  # a number of thousands of digits
+        raise UserError(f"{path}: not valid JSON ({error})") from error
     except RecursionError as error:
         raise UserError(f"{path}: not a LLaVA data file, its JSON is nested too deeply") from error
     if not isinstance(records, list):
