@@ -23,10 +23,9 @@ from llava_sculpt.benchmarks.problems import Problems
 from llava_sculpt.benchmarks.questions import Question, asked_by, question_lines
 from llava_sculpt.errors import UserError
 
-_BY_LETTER = "Answer with the option's letter from the given choices directly."
+ANSWER_STYLES = ("letter", "answer_letter", "text")
 INSTRUCTIONS = {
-    "letter": _BY_LETTER,
-    "answer_letter": _BY_LETTER,
+    "letter": "Answer with the option's letter from the given choices directly.",
     "text": "Answer with the text of the correct choice.",
 }
 _OFFICIAL_COUNTS = {"train": 18_946, "val": 6_316, "test": 6_316}
@@ -51,8 +50,8 @@ def prepare(
     exact match: "letter" is `B`, "answer_letter" `Answer: B`, "text" the text of the choice. `questions` is a question
     file for the test split (`asked_by`). Raises UserError listing every malformed record.
     """
-    if answer_style not in INSTRUCTIONS:
-        raise UserError(f"answer_style must be one of {', '.join(INSTRUCTIONS)}, got {answer_style!r}")
+    if answer_style not in ANSWER_STYLES:
+        raise UserError(f"answer_style must be one of {', '.join(ANSWER_STYLES)}, got {answer_style!r}")
     splits_file = require_file(raw, ["pid_splits.json", "iconqa_data/pid_splits.json"])
     root = splits_file.parent
     pids = load_json(splits_file, dict)
@@ -125,12 +124,14 @@ def _read(root: Path, split: str, pid: str, style: str, instruction: bool, probl
         problems.add(file, where, f"answer {answer} is no index into the {len(choices)} choices")
         return None
     options = [f"{letter}. {choice}" for letter, choice in zip(ascii_uppercase, choices, strict=False)]
-    prompt = "\n".join([question, *options, *([INSTRUCTIONS[style]] if instruction else [])])
+    prompt = "\n".join(
+        [question, *options, *([INSTRUCTIONS["text" if style == "text" else "letter"]] if instruction else [])]
+    )
     gold = answer_text(style, choices, answer)
     return Question(pid, (f"{folder}/{pid}/image.png",), None, prompt, gold)
 
 
 def answer_text(style: str, choices: list[str], answer: int) -> str:
-    """The gold answer of a problem in one of the styles of INSTRUCTIONS."""
+    """The gold answer of a problem in one of ANSWER_STYLES."""
     letter = ascii_uppercase[answer]
     return {"letter": letter, "answer_letter": f"Answer: {letter}", "text": choices[answer]}[style]

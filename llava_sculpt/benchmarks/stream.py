@@ -1,4 +1,8 @@
-"""Large official JSON files record by record: memory for one record, not for the file."""
+"""Large official JSON files record by record: memory for one record, not for the file.
+
+Not ijson: its fast backend takes 1.4 times as long as json's scanner record by record, its portable one far longer,
+and its errors do not name line and column.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +33,6 @@ def stream_records(path: Path, key: str | None = None) -> Iterator[tuple[str, An
     size = path.stat().st_size if path.is_file() else 0
     bar = tqdm(total=size, desc=path.name, unit="B", unit_scale=True, disable=None if size >= _PROGRESS_FROM else True)
     try:
-        # json alone is several times faster than an event parser, because every record is one call.
         with path.open(encoding="utf-8-sig") as stream, bar:
             found = 0
             for name, record in _Reader(stream, path, bar).records(key):

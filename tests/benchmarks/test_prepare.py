@@ -117,6 +117,16 @@ def test_iconqa_letter_and_text_styles_agree_with_their_gold(make_raw, tmp_path)
         assert [g["question_id"] for g in gold] == [q["question_id"] for q in lines(out / "test.jsonl")]
 
 
+def test_iconqa_answer_letter_and_no_instruction(make_raw, tmp_path):
+    out = tmp_path / "out"
+    manifest = prepare_benchmark("iconqa", make_raw("iconqa"), out, answer_style="answer_letter", instruction=False)
+    first = load(out / "train.json")[1]["conversations"]
+    assert [turn["value"] for turn in first] == ["<image>\nWhich 1?\nA. cat\nB. dog\nC. sun", "Answer: B"]
+    assert load(out / "test_annotations.json")[0]["answer"] == "Answer: A"
+    assert manifest["prompt_style"] == "choices, answer by answer_letter, no instruction"
+    assert manifest["source_counts"]["train"] == {"found": 12, "official": 18_946}
+
+
 def test_samples_draws_a_fixed_seed_subset_of_train_only(make_raw, tmp_path):
     raw = make_raw("iconqa")
     drawn = {}
