@@ -23,8 +23,6 @@ from llava_sculpt.benchmarks.questions import Question, asked_by, question_lines
 from llava_sculpt.benchmarks.stream import stream_records
 
 _SPLITS = {1: "train", 2: "val", 3: "test"}
-
-
 _OFFICIAL_BOOKS = 207_572
 
 

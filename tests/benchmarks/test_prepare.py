@@ -11,6 +11,7 @@ import pytest
 
 from llava_sculpt.benchmarks import prepare_benchmark, prepare_options
 from llava_sculpt.benchmarks.coco import TRAIN_PROMPTS
+from llava_sculpt.cli import main
 from llava_sculpt.errors import UserError
 
 NAMES = ["iconqa", "coco", "okvqa", "ocrvqa", "gqa", "textvqa"]
@@ -330,3 +331,11 @@ def test_unknown_names_options_and_folders_are_user_errors(make_raw, tmp_path):
         with pytest.raises(UserError):
             call()
     assert prepare_options("textvqa")["ocr_tokens"] is True
+
+
+def test_the_command_notes_counts_that_are_not_the_official_ones(make_raw, tmp_path, capsys):
+    raw = make_raw("gqa")
+    assert main(["prepare", "gqa", "--raw", str(raw), "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr()
+    assert "val 6, test 4" in printed.out
+    assert "note: test: the raw files hold 4, the official release 12,578" in printed.err
