@@ -12,6 +12,7 @@ from llava_sculpt.errors import UserError
 
 _METHODS = ("sculpt", "lora", "dora", "l2", "orth")
 _TASKS = ("iconqa", "coco", "okvqa", "ocrvqa", "gqa", "textvqa")
+_ANSWER_STYLES = ("letter", "answer_letter", "text")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -166,7 +167,9 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--val_samples", type=int, default=given, help="random validation questions")
     parser.add_argument("--test_samples", type=int, default=given, help="random test questions")
     parser.add_argument("--seed", type=int, default=given)
-    parser.add_argument("--answer_style", choices=["letter", "text"], default=given, help="iconqa only")
+    parser.add_argument("--questions", type=Path, default=given, help="LLaVA question file to ask in the test split")
+    parser.add_argument("--answer_style", choices=_ANSWER_STYLES, default=given, help="iconqa only")
+    parser.add_argument("--instruction", action=argparse.BooleanOptionalAction, default=given, help="iconqa only")
     parser.add_argument("--ocr_tokens", action=argparse.BooleanOptionalAction, default=given, help="textvqa only")
     parser.add_argument("--train_captions", choices=["karpathy", "official"], default=given, help="coco only")
     parser.add_argument("--test_prompt", default=given, help="coco only")
@@ -181,6 +184,70 @@ def _prepare(options: argparse.Namespace) -> int:
     manifest = prepare_benchmark(options.name, options.raw, options.out, **given)
     counts = ", ".join(f"{split} {facts['n']:,}" for split, facts in manifest["splits"].items())
     print(f"{options.out}: {counts}; {manifest['prompt_style']}; {manifest['license']}")
+    for split, of in manifest["source_counts"].items():
+        if of["official"] not in (None, of["found"]):
+            found, official = f"{of['found']:,}", f"{of['official']:,}"
+            print(f"note: {split}: the raw files hold {found}, the official release {official}", file=sys.stderr)
+    return 0
+
+
+def _add_score(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("benchmark", choices=_TASKS)
+    parser.add_argument("--predictions", type=Path, required=True, help="LLaVA's answers, or the official format")
+    parser.add_argument("--annotations", type=Path, required=True, help="the benchmark's official annotation file")
+    parser.add_argument("--questions", type=Path, help="question file: score these questions only")
+    parser.add_argument(
+        "--variant", choices=["authors", "official"], default="authors", help="evaluator, for okvqa and gqa"
+    )
+    parser.add_argument("--answer_style", choices=_ANSWER_STYLES, default="letter", help="iconqa's problems.json")
+    parser.add_argument("--tokenizer", choices=["ptb", "python"], default="ptb", help="coco: ptb needs Java")
+    parser.add_argument("--lenient", action="store_true", help="odd ids as in the official script, not an error")
+    parser.add_argument("--per_item", type=Path, metavar="FILE", help="write each question's score as JSON lines")
+    parser.add_argument("--json", action="store_true")
+
+
+def _score(options: argparse.Namespace) -> int:
+    from llava_sculpt.evaluation.score_files import format_score, score_files
+
+    result = score_files(
+        options.benchmark,
+        options.predictions,
+        options.annotations,
+        questions=options.questions,
+        variant=options.variant,
+        lenient=options.lenient,
+        per_item=options.per_item,
+        answer_style=options.answer_style,
+        tokenizer=options.tokenizer,
+    )
+    print(json.dumps(result, indent=2) if options.json else format_score(result))
+    return 0
+
+
+def _add_check_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", type=Path, metavar="TRAIN_JSON")
+    parser.add_argument("--image_folder", type=Path, help="folder the records' image paths start from")
+    parser.add_argument("--model", required=True, help="base model: its tokenizer and config.json are enough")
+    parser.add_argument("--model_max_length", type=int, default=2048)
+    parser.add_argument("--samples", type=int, default=3, help="records to show as the model is trained on them")
+    parser.add_argument("--json", action="store_true", help="with token ids (image -200) and labels of the samples")
+
+
+def _check_data(options: argparse.Namespace) -> int:
+    from llava_sculpt.data.check import check_data, format_check
+    from llava_sculpt.data.tokenizer import LlavaTokenizer
+    from llava_sculpt.model.checkpoint import find_base_checkpoint
+
+    checkpoint = find_base_checkpoint(options.model, weights=False)
+    found = check_data(
+        options.data,
+        options.image_folder,
+        LlavaTokenizer.from_dir(checkpoint.path),
+        checkpoint.image_tokens,
+        options.model_max_length,
+        options.samples,
+    )
+    print(json.dumps(found) if options.json else format_check(found))
     return 0
 
 
@@ -305,6 +372,8 @@ _COMMANDS: dict[str, _Command] = {
     "convert": ("checkpoints and adapters between here and the original LLaVA", _add_convert, _convert),
     "merge": ("an adapter into its base model, weight by weight", _add_merge, _merge),
     "edit": ("post-pruning, DARE, Model Tailor on a trained adapter", _add_edit, _edit),
+    "check-data": ("validate training data; show what is trained on", _add_check_data, _check_data),
+    "score": ("a prediction file -> the official score", _add_score, _score),
     "sweep": ("many runs of the tiny scale from one grid file", _add_sweep, _sweep),
     "inspect": ("densities of an adapter beside Theorem 3.1", _add_inspect, _inspect),
 }

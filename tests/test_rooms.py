@@ -13,7 +13,7 @@ BELOW = {
     "data": {"errors"},
     "methods": {"sculpt"},
     "model": {"errors", "records", "data", "sculpt", "methods"},
-    "benchmarks": {"errors", "records"},
+    "benchmarks": {"errors", "records", "data"},
     "evaluation": {"errors", "records", "data", "benchmarks"},
     "train": {"errors", "records", "config", "data", "model", "sculpt", "methods"},
     "tiny": {"errors", "data", "benchmarks"},

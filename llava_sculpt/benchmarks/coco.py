@@ -12,18 +12,19 @@ from typing import NamedTuple
 
 from llava_sculpt.benchmarks.common import (
     Prepared,
-    Problems,
     Record,
     Split,
     find_file,
     load_json,
-    question_line,
     records_of,
     require_file,
     subset,
     train_record,
     write_prepared,
 )
+from llava_sculpt.benchmarks.problems import Problems
+from llava_sculpt.benchmarks.questions import Question, asked_by, question_lines
+from llava_sculpt.benchmarks.stream import stream_records
 from llava_sculpt.errors import UserError
 
 # The five prompts of the paper's training data; one is drawn for every sample.
@@ -37,6 +38,9 @@ TRAIN_PROMPTS = (
 DEFAULT_TEST_PROMPT = "Provide a one-sentence caption for the provided image."
 _KARPATHY = ["dataset_coco.json", "annotations/dataset_coco.json"]
 _OFFICIAL = ["captions_train2014.json", "annotations/captions_train2014.json"]
+_OFFICIAL_VAL = ["captions_val2014.json", "annotations/captions_val2014.json"]
+_KARPATHY_COUNTS = {"train": 113_287, "val": 5_000, "test": 5_000}
+_OFFICIAL_COUNTS = {"train": 82_783, "test": 40_504}
 
 
 class _Image(NamedTuple):
@@ -54,6 +58,7 @@ def prepare(
     val_samples: int = 1_000,
     train_captions: str = "karpathy",
     test_prompt: str = DEFAULT_TEST_PROMPT,
+    questions: Path | None = None,
     overwrite: bool = False,
 ) -> Record:
     """Prepare COCO captions; returns the manifest.
@@ -61,68 +66,90 @@ def prepare(
     `train_captions` "karpathy": train = Karpathy's train + restval; "official": train =
     captions_train2014.json. In both cases val and test are Karpathy's if his file is there; with the official
     file alone only `train.json` is written. A training sample is an image with one random prompt of
-    TRAIN_PROMPTS and one random reference.
+    TRAIN_PROMPTS and one random reference. `questions` is a question file for the test split (`asked_by`); without
+    Karpathy's file its references come from captions_val2014.json.
     """
     if train_captions not in ("karpathy", "official"):
         raise UserError(f"train_captions must be karpathy or official, got {train_captions!r}")
     problems = Problems()
-    sources: list[Path] = []
     images: dict[str, list[_Image]] = {}
+    files: dict[str, Path] = {}
+    counts: dict[str, tuple[int, int | None]] = {}
+
+    def take(file: Path, found: dict[str, list[_Image]], official: dict[str, int]) -> None:
+        for split, of_split in found.items():
+            images[split], files[split] = of_split, file
+            counts[split] = (len(of_split), official[split])
+
     if train_captions == "karpathy" or find_file(raw, _KARPATHY):
         hint = "With captions_train2014.json alone, pass --train_captions official (training split only)."
         file = require_file(raw, _KARPATHY, hint)
-        sources.append(file)
-        images = _read_karpathy(file, problems)
+        with problems.gather(file):
+            take(file, _read_karpathy(file, problems), _KARPATHY_COUNTS)
+    elif questions:
+        file = require_file(raw, _OFFICIAL_VAL, "A question file needs it, or Karpathy's dataset_coco.json.")
+        with problems.gather(file):
+            take(file, {"test": _read_official(file, "val2014", problems)}, _OFFICIAL_COUNTS)
     if train_captions == "official":
         file = require_file(raw, _OFFICIAL)
-        sources.append(file)
-        images["train"] = _read_official(file, problems)
+        with problems.gather(file):
+            take(file, {"train": _read_official(file, "train2014", problems)}, _OFFICIAL_COUNTS)
     problems.raise_if_any()
 
-    for split, count in (("train", samples), ("val", val_samples)):
-        if split in images:
-            images[split] = subset(images[split], count, seed=seed, purpose=f"coco/{split}")
+    lines: dict[str, list[Record]] = {}
     for split, found in images.items():
-        images[split] = [_located(raw, image, sources[-1 if split == "train" else 0], problems) for image in found]
-    problems.raise_if_any()
+        if split != "test":
+            count = samples if split == "train" else val_samples
+            images[split] = found = subset(found, count, seed=seed, purpose=f"coco/{split}")
+        asked = [Question(image.image_id, (image.path, f"images/{image.path}"), None, test_prompt) for image in found]
+        if split == "test" and questions:
+            with problems.gather(questions):
+                asked = asked_by(questions, asked, problems)
+        lines[split] = question_lines(raw, asked, files[split], problems)
+    problems.raise_with_images()
+    captions = {split: {image.image_id: image.captions for image in found} for split, found in images.items()}
+    train = [
+        (line["question_id"], line["image"], captions["train"][line["question_id"]]) for line in lines.pop("train")
+    ]
 
     prepared = Prepared(
         image_folder=raw,
-        prompt_style=f"caption, test prompt: {test_prompt}",
+        prompt_style=f"caption, test as in {questions.name}" if questions else f"caption, test prompt: {test_prompt}",
         license="annotations CC BY 4.0; images under Flickr's terms (https://cocodataset.org/#termsofuse)",
-        sources=sources,
+        sources=[*dict.fromkeys(files.values()), *([questions] if questions else [])],
         options={"train_captions": train_captions, "test_prompt": test_prompt, "val_samples": val_samples},
-        train=_train_records(images.get("train", []), seed),
-        splits={split: _split(images[split], test_prompt) for split in ("val", "test") if split in images},
+        counts=counts,
+        train=_train_records(train, seed),
+        splits={split: _split(of_split, captions[split]) for split, of_split in lines.items()},
     )
     return write_prepared(out, "coco", prepared, seed=seed, samples=samples, overwrite=overwrite)
 
 
-def _train_records(images: list[_Image], seed: int) -> list[Record]:
+def _train_records(images: list[tuple[int, str, list[str]]], seed: int) -> list[Record]:
     rng = random.Random(f"coco/train-texts/{seed}")
     return [
-        train_record(f"coco_{image.image_id}", image.path, rng.choice(TRAIN_PROMPTS), rng.choice(image.captions))
-        for image in images
+        train_record(f"coco_{image_id}", path, rng.choice(TRAIN_PROMPTS), rng.choice(captions))
+        for image_id, path, captions in images
     ]
 
 
-def _split(images: list[_Image], prompt: str) -> Split:
+def _split(lines: list[Record], captions: dict[int, list[str]]) -> Split:
     annotations: list[Record] = []
-    for image in images:
-        for caption in image.captions:
-            annotations.append({"image_id": image.image_id, "id": len(annotations), "caption": caption})
+    for line in lines:
+        for caption in captions[line["question_id"]]:
+            annotations.append({"image_id": line["question_id"], "id": len(annotations), "caption": caption})
     gold = {
-        "images": [{"id": image.image_id, "file_name": Path(image.path).name} for image in images],
+        "images": [{"id": line["question_id"], "file_name": Path(line["image"]).name} for line in lines],
         "annotations": annotations,
     }
-    return Split([question_line(image.image_id, image.path, prompt) for image in images], gold)
+    return Split(lines, gold)
 
 
 def _read_karpathy(file: Path, problems: Problems) -> dict[str, list[_Image]]:
     """Images by our split names; Karpathy's "restval" (val2014 images used for training) joins train."""
     splits: dict[str, list[_Image]] = {"train": [], "val": [], "test": []}
     seen: set[int] = set()
-    for number, record in enumerate(records_of(load_json(file, dict), "images", file)):
+    for number, record in stream_records(file, "images"):
         where = f"image record {number}"
         image_id = problems.value(record, "cocoid", int, file, where)
         name = problems.value(record, "filename", str, file, where)
@@ -148,14 +175,14 @@ def _read_karpathy(file: Path, problems: Problems) -> dict[str, list[_Image]]:
     return splits
 
 
-def _read_official(file: Path, problems: Problems) -> list[_Image]:
+def _read_official(file: Path, year: str, problems: Problems) -> list[_Image]:
     content = load_json(file, dict)
     images: dict[int, _Image] = {}
     for number, record in enumerate(records_of(content, "images", file)):
         image_id = problems.value(record, "id", int, file, f"image {number}")
         name = problems.value(record, "file_name", str, file, f"image {number}")
         if image_id is not None and name is not None:
-            images[image_id] = _Image(image_id, f"train2014/{name}", [])
+            images[image_id] = _Image(image_id, f"{year}/{name}", [])
     for number, record in enumerate(records_of(content, "annotations", file)):
         image_id = problems.value(record, "image_id", int, file, f"annotation {number}")
         caption = problems.value(record, "caption", str, file, f"annotation {number}")
@@ -169,9 +196,3 @@ def _read_official(file: Path, problems: Problems) -> list[_Image]:
         if not image.captions:
             problems.add(file, f"image {image.image_id}", "no caption")
     return list(images.values())
-
-
-def _located(raw: Path, image: _Image, file: Path, problems: Problems) -> _Image:
-    """The image with the path at which it was found (the folders may also lie in `images/`)."""
-    path = problems.image(raw, [image.path, f"images/{image.path}"], file, f"image {image.image_id}")
-    return image._replace(path=path or image.path)

@@ -19,83 +19,7 @@ T = TypeVar("T")
 
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 MANIFEST = "manifest.json"
-# Told in full, 200,000 missing images would hide the one broken record beside them.
-_TOLD_PER_FILE = 20
 _ALL_FILES = {"train.json"} | {f"{s}{end}" for s in ("val", "test") for end in (".jsonl", "_annotations.json")}
-
-
-class Problems:
-    """Everything wrong with the raw files, collected so that one run tells all of it."""
-
-    def __init__(self) -> None:
-        self._by_file: dict[str, list[str]] = {}
-
-    def add(self, file: Path, record: str, message: str) -> None:
-        """Note that `record` (a human-readable position, "" for the whole file) of `file` is wrong."""
-        self._by_file.setdefault(str(file), []).append(
-            f"{file}: {record}: {message}" if record else f"{file}: {message}"
-        )
-
-    def raise_if_any(self) -> None:
-        """Raise one UserError with all problems; long lists of one file are cut after 20 with a count."""
-        lines: list[str] = []
-        for file, messages in self._by_file.items():
-            lines += messages[:_TOLD_PER_FILE]
-            if len(messages) > _TOLD_PER_FILE:
-                lines.append(f"{file}: ... and {len(messages) - _TOLD_PER_FILE} more problems")
-        if lines:
-            raise UserError(lines)
-
-    def value(self, record: Any, key: str, kind: type[T], file: Path, where: str) -> T | None:
-        """`record[key]` if it is a `kind` (and, for text, not blank); otherwise None, noted."""
-        if not isinstance(record, dict):
-            self.add(file, where, f"expected an object, found {type(record).__name__}")
-            return None
-        if key not in record:
-            self.add(file, where, f"no field {key!r}")
-            return None
-        value = record[key]
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            self.add(file, where, f"field {key!r} should be {kind.__name__}, found {type(value).__name__}")
-            return None
-        if isinstance(value, str) and not value.strip():
-            self.add(file, where, f"field {key!r} is empty")
-            return None
-        return value
-
-    def texts(self, record: Any, key: str, file: Path, where: str, at_least: int = 1) -> list[str] | None:
-        """`record[key]` if it is a list of at least `at_least` non-blank texts; otherwise None, noted."""
-        values = self.value(record, key, list, file, where)
-        if values is None:
-            return None
-        if len(values) < at_least:
-            self.add(file, where, f"field {key!r} has {len(values)} entries, needs at least {at_least}")
-            return None
-        for position, value in enumerate(values):
-            if not isinstance(value, str) or not value.strip():
-                self.add(file, where, f"field {key!r}, entry {position}: should be non-empty text, found {value!r}")
-                return None
-        return values
-
-    def question(self, record: Any, key: str, file: Path, where: str) -> str | None:
-        """A question's text; a literal "<image>" would be taken for the picture's place and is refused."""
-        text = self.value(record, key, str, file, where)
-        if text is not None and "<image>" in text:
-            self.add(file, where, f"field {key!r} contains the reserved text '<image>'")
-            return None
-        return text
-
-    def image(self, root: Path, candidates: Sequence[str], file: Path, where: str) -> str | None:
-        """The first of `candidates` (relative to `root`) that is a non-empty file; otherwise None, noted."""
-        for candidate in candidates:
-            path = root / candidate
-            if path.is_file():
-                if path.stat().st_size:
-                    return candidate
-                self.add(file, where, f"image {path} has zero bytes: download it again")
-                return None
-        self.add(file, where, f"image not found: {' or '.join(str(root / c) for c in candidates)}")
-        return None
 
 
 @dataclass
@@ -108,13 +32,18 @@ class Split:
 
 @dataclass
 class Prepared:
-    """All that `write_prepared` puts on disk. `train` is None for data sets that are only evaluated."""
+    """All that `write_prepared` puts on disk. `train` is None for data sets that are only evaluated.
+
+    `counts` has what the official files hold of each split before sampling, and what the official release holds
+    (None where that is not known for certain).
+    """
 
     image_folder: Path
     prompt_style: str
     license: str
     sources: list[Path]
     options: dict[str, Any]
+    counts: dict[str, tuple[int, int | None]]
     train: list[Record] | None = None
     splits: dict[str, Split] = field(default_factory=dict)
 
@@ -136,12 +65,14 @@ def require_file(raw: Path, candidates: Sequence[str], hint: str = "") -> Path:
 def load_json(path: Path, kind: type[T]) -> T:
     """The JSON of `path`, which must be a `kind` (dict or list) and not empty."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
         raise UserError(f"{path}: not valid JSON ({place}: {error.msg})") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
+        raise UserError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(content, kind):
         raise UserError(f"{path}: should hold a JSON {kind.__name__}, found {type(content).__name__}")
     if not content:
@@ -177,11 +108,6 @@ def train_record(record_id: str, image: str, question: str, answer: str) -> Reco
     return {"id": record_id, "image": image, "conversations": turns}
 
 
-def question_line(question_id: int | str, image: str, text: str) -> Record:
-    """One line of LLaVA's question file; the "<image>" mark is added by the loader, not here."""
-    return {"question_id": question_id, "image": image, "text": text, "category": "default"}
-
-
 def write_prepared(out: Path, name: str, prepared: Prepared, *, seed: int, samples: int, overwrite: bool) -> Record:
     """Write the prepared folder and return its manifest.
 
@@ -189,7 +115,10 @@ def write_prepared(out: Path, name: str, prepared: Prepared, *, seed: int, sampl
     request on the same sources leaves a complete folder untouched; a folder made from another request or
     other sources is refused (UserError) unless `overwrite`.
     """
-    files = _file_contents(prepared)
+    try:
+        files = _file_contents(prepared)
+    except UnicodeEncodeError as error:
+        raise UserError(f"{name}: a text of the raw files holds half of a surrogate pair: {error.object!r}") from error
     # The image folder is the one thing that is taken from the raw download in place.
     image_folder = os.path.relpath(prepared.image_folder.resolve(), out.resolve())
     counts = {split: {"n": len(content.questions)} for split, content in prepared.splits.items()}
@@ -199,6 +128,9 @@ def write_prepared(out: Path, name: str, prepared: Prepared, *, seed: int, sampl
         "name": name,
         "splits": counts,
         "image_folder": image_folder,
+        "source_counts": {
+            split: {"found": found, "official": official} for split, (found, official) in prepared.counts.items()
+        },
         "seed": seed,
         "samples": samples if prepared.train is not None else None,
         "options": prepared.options,

@@ -11,22 +11,24 @@ from string import ascii_uppercase
 
 from llava_sculpt.benchmarks.common import (
     Prepared,
-    Problems,
     Record,
     Split,
     load_json,
-    question_line,
     require_file,
     subset,
     train_record,
     write_prepared,
 )
+from llava_sculpt.benchmarks.problems import Problems
+from llava_sculpt.benchmarks.questions import Question, asked_by, question_lines
 from llava_sculpt.errors import UserError
 
+ANSWER_STYLES = ("letter", "answer_letter", "text")
 INSTRUCTIONS = {
     "letter": "Answer with the option's letter from the given choices directly.",
     "text": "Answer with the text of the correct choice.",
 }
+_OFFICIAL_COUNTS = {"train": 18_946, "val": 6_316, "test": 6_316}
 
 
 def prepare(
@@ -37,21 +39,25 @@ def prepare(
     seed: int = 0,
     val_samples: int = 1_000,
     answer_style: str = "letter",
+    instruction: bool = True,
+    questions: Path | None = None,
     overwrite: bool = False,
 ) -> Record:
     """Prepare IconQA choose_txt; returns the manifest.
 
-    The prompt is the question, one line `A. text` per choice, and an instruction. `answer_style` "letter"
-    asks for (and trains) the letter, "text" the text of the choice; training target and gold always agree,
-    because the score is an exact match. Raises UserError listing every malformed record.
+    The prompt is the question, one line `A. text` per choice, and with `instruction` a last line that says how to
+    answer. `answer_style` is the training target and the gold answer, which always agree, because the score is an
+    exact match: "letter" is `B`, "answer_letter" `Answer: B`, "text" the text of the choice. `questions` is a question
+    file for the test split (`asked_by`). Raises UserError listing every malformed record.
     """
-    if answer_style not in INSTRUCTIONS:
-        raise UserError(f"answer_style must be one of {', '.join(INSTRUCTIONS)}, got {answer_style!r}")
+    if answer_style not in ANSWER_STYLES:
+        raise UserError(f"answer_style must be one of {', '.join(ANSWER_STYLES)}, got {answer_style!r}")
     splits_file = require_file(raw, ["pid_splits.json", "iconqa_data/pid_splits.json"])
     root = splits_file.parent
     pids = load_json(splits_file, dict)
     problems = Problems()
     chosen: dict[str, list[str]] = {}
+    counts: dict[str, tuple[int, int | None]] = {}
     for split, count in (("train", samples), ("val", val_samples), ("test", None)):
         key = f"choose_txt_{split}"
         listed = problems.value(pids, key, list, splits_file, "")
@@ -59,36 +65,46 @@ def prepare(
             names = [str(pid) for pid in listed]
             if len(set(names)) < len(names):
                 problems.add(splits_file, key, "lists a problem id twice")
+            counts[split] = (len(names), _OFFICIAL_COUNTS[split])
             chosen[split] = names if count is None else subset(names, count, seed=seed, purpose=f"iconqa/{split}")
     problems.raise_if_any()
 
-    rows = {
-        split: [_read(root, split, pid, answer_style, problems) for pid in names] for split, names in chosen.items()
+    good: dict[str, list[Question]] = {}
+    for split, names in chosen.items():
+        rows = [_read(root, split, pid, answer_style, instruction, problems) for pid in names]
+        good[split] = [row for row in rows if row is not None]
+    if questions is not None:
+        with problems.gather(questions):
+            good["test"] = asked_by(questions, good["test"], problems)
+    lines = {
+        split: question_lines(root, rows, root / f"iconqa/{split}/choose_txt", problems) for split, rows in good.items()
     }
-    problems.raise_if_any()
-    good = {split: [row for row in found if row is not None] for split, found in rows.items()}
-    train = [train_record(f"iconqa_{pid}", image, text, answer) for pid, image, text, answer in good.pop("train")]
+    problems.raise_with_images()
+    train = [
+        train_record(f"iconqa_{row.question_id}", line["image"], row.prompt, row.answer)
+        for row, line in zip(good["train"], lines["train"], strict=True)
+    ]
     splits = {
-        split: Split(
-            [question_line(pid, image, text) for pid, image, text, _ in found],
-            [{"question_id": pid, "answer": answer} for pid, _, _, answer in found],
-        )
-        for split, found in good.items()
+        split: Split(lines[split], [{"question_id": row.question_id, "answer": row.answer} for row in good[split]])
+        for split in ("val", "test")
     }
     prepared = Prepared(
         image_folder=root,
-        prompt_style=f"choices, answer by {answer_style}",
+        prompt_style=f"choices, answer by {answer_style}"
+        + ("" if instruction else ", no instruction")
+        + ("" if questions is None else f", test as in {questions.name}"),
         license="CC BY-NC-SA 4.0",
-        sources=[splits_file],
-        options={"answer_style": answer_style, "val_samples": val_samples},
+        sources=[splits_file, *([questions] if questions else [])],
+        options={"answer_style": answer_style, "instruction": instruction, "val_samples": val_samples},
+        counts=counts,
         train=train,
         splits=splits,
     )
     return write_prepared(out, "iconqa", prepared, seed=seed, samples=samples, overwrite=overwrite)
 
 
-def _read(root: Path, split: str, pid: str, style: str, problems: Problems) -> tuple[str, str, str, str] | None:
-    """(pid, image path, prompt, answer) of one problem folder."""
+def _read(root: Path, split: str, pid: str, style: str, instruction: bool, problems: Problems) -> Question | None:
+    """The question of one problem folder."""
     folder = f"iconqa/{split}/choose_txt"
     file, where = root / folder, f"{pid}/data.json"
     try:
@@ -99,8 +115,7 @@ def _read(root: Path, split: str, pid: str, style: str, problems: Problems) -> t
     question = problems.question(record, "question", file, where)
     choices = problems.texts(record, "choices", file, where, at_least=2)
     answer = problems.value(record, "answer", int, file, where)
-    image = problems.image(root, [f"{folder}/{pid}/image.png"], file, where)
-    if question is None or choices is None or answer is None or image is None:
+    if question is None or choices is None or answer is None:
         return None
     if len(choices) > len(ascii_uppercase):
         problems.add(file, where, f"{len(choices)} choices, but there are only 26 letters")
@@ -109,5 +124,14 @@ def _read(root: Path, split: str, pid: str, style: str, problems: Problems) -> t
         problems.add(file, where, f"answer {answer} is no index into the {len(choices)} choices")
         return None
     options = [f"{letter}. {choice}" for letter, choice in zip(ascii_uppercase, choices, strict=False)]
-    prompt = "\n".join([question, *options, INSTRUCTIONS[style]])
-    return pid, image, prompt, ascii_uppercase[answer] if style == "letter" else choices[answer]
+    prompt = "\n".join(
+        [question, *options, *([INSTRUCTIONS["text" if style == "text" else "letter"]] if instruction else [])]
+    )
+    gold = answer_text(style, choices, answer)
+    return Question(pid, (f"{folder}/{pid}/image.png",), None, prompt, gold)
+
+
+def answer_text(style: str, choices: list[str], answer: int) -> str:
+    """The gold answer of a problem in one of ANSWER_STYLES."""
+    letter = ascii_uppercase[answer]
+    return {"letter": letter, "answer_letter": f"Answer: {letter}", "text": choices[answer]}[style]

@@ -7,30 +7,23 @@ Expected under `raw`: `dataset.json` and `images/<id><extension of imageURL>`. I
 from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from llava_sculpt.benchmarks.common import (
     SHORT_ANSWER,
     Prepared,
-    Problems,
     Record,
     Split,
-    load_json,
-    question_line,
     require_file,
     subset,
     write_prepared,
 )
+from llava_sculpt.benchmarks.problems import Problems
+from llava_sculpt.benchmarks.questions import Question, asked_by, question_lines
+from llava_sculpt.benchmarks.stream import stream_records
 
 _SPLITS = {1: "train", 2: "val", 3: "test"}
-
-
-class _Question(NamedTuple):
-    question_id: str
-    image_name: str
-    text: str
-    answer: str
+_OFFICIAL_BOOKS = 207_572
 
 
 def prepare(
@@ -41,18 +34,55 @@ def prepare(
     seed: int = 0,
     val_samples: int = 1_000,
     test_samples: int = 2_000,
+    questions: Path | None = None,
     overwrite: bool = False,
 ) -> Record:
     """Prepare OCR-VQA for evaluation; returns the manifest.
 
     The paper scores 2,000 random questions of the test split; `test_samples` of them are drawn here with
-    `seed`. Question ids are `<image id>_<position of the question>`. Raises UserError listing every malformed
-    record.
+    `seed`, or those of the question file `questions` are taken (`asked_by`). Question ids are
+    `<image id>_<position of the question>`. Raises UserError listing every malformed record.
     """
     file = require_file(raw, ["dataset.json"])
     problems = Problems()
-    found: dict[str, list[_Question]] = {"val": [], "test": []}
-    for image_id, record in load_json(file, dict).items():
+    found: dict[str, list[Question]] = {"val": [], "test": []}
+    with problems.gather(file):
+        books = _read(file, found, problems)
+        if not found["test"]:
+            problems.add(file, "", "no questions of split 3 (test)")
+    problems.raise_if_any()
+
+    splits: dict[str, Split] = {}
+    for name, count in (("val", val_samples), ("test", test_samples)):
+        if not found[name]:
+            continue
+        if name == "test" and questions:
+            chosen = asked_by(questions, found[name], problems)
+        else:
+            chosen = subset(found[name], count, seed=seed, purpose=f"ocrvqa/{name}")
+        gold = [{"question_id": question.question_id, "answer": question.answer} for question in chosen]
+        splits[name] = Split(question_lines(raw, chosen, file, problems), gold)
+    problems.raise_with_images()
+    prepared = Prepared(
+        image_folder=raw,
+        prompt_style="short answer" + (f", test as in {questions.name}" if questions else ""),
+        license="see https://ocr-vqa.github.io (research use)",
+        sources=[file, *([questions] if questions else [])],
+        options={"val_samples": val_samples, "test_samples": test_samples},
+        counts={
+            "books": (books, _OFFICIAL_BOOKS),
+            **{name: (len(known), None) for name, known in found.items()},
+        },
+        splits=splits,
+    )
+    return write_prepared(out, "ocrvqa", prepared, seed=seed, samples=samples, overwrite=overwrite)
+
+
+def _read(file: Path, found: dict[str, list[Question]], problems: Problems) -> int:
+    """Add the questions of val and test to `found`; returns the number of books. The file is streamed."""
+    books = 0
+    for image_id, record in stream_records(file):
+        books += 1
         where = f"record {image_id}"
         split = problems.value(record, "split", int, file, where)
         url = problems.value(record, "imageURL", str, file, where)
@@ -65,38 +95,12 @@ def prepare(
         elif len(questions) != len(answers):
             problems.add(file, where, f"{len(questions)} questions but {len(answers)} answers")
         elif _SPLITS[split] in found:
-            image = f"{image_id}{PurePosixPath(urlsplit(url).path).suffix}"
+            image = f"images/{image_id}{PurePosixPath(urlsplit(url).path).suffix}"
             for number in range(len(questions)):
                 at = f"{where}, question {number}"
                 text = problems.question({"question": questions[number]}, "question", file, at)
                 answer = problems.value({"answer": answers[number]}, "answer", str, file, at)
                 if text is not None and answer is not None:
-                    found[_SPLITS[split]].append(_Question(f"{image_id}_{number}", image, text, answer))
-    if not found["test"]:
-        problems.add(file, "", "no questions of split 3 (test)")
-    problems.raise_if_any()
-
-    splits: dict[str, Split] = {}
-    for name, count in (("val", val_samples), ("test", test_samples)):
-        if found[name]:
-            chosen = subset(found[name], count, seed=seed, purpose=f"ocrvqa/{name}")
-            splits[name] = _split(raw, chosen, file, problems)
-    problems.raise_if_any()
-    prepared = Prepared(
-        image_folder=raw,
-        prompt_style="short answer",
-        license="see https://ocr-vqa.github.io (research use)",
-        sources=[file],
-        options={"val_samples": val_samples, "test_samples": test_samples},
-        splits=splits,
-    )
-    return write_prepared(out, "ocrvqa", prepared, seed=seed, samples=samples, overwrite=overwrite)
-
-
-def _split(raw: Path, chosen: list[_Question], file: Path, problems: Problems) -> Split:
-    lines: list[Record] = []
-    for question in chosen:
-        name = f"images/{question.image_name}"
-        image = problems.image(raw, [name], file, f"question {question.question_id}")
-        lines.append(question_line(question.question_id, image or name, question.text + SHORT_ANSWER))
-    return Split(lines, [{"question_id": q.question_id, "answer": q.answer} for q in chosen])
+                    question = Question(f"{image_id}_{number}", (image,), text, text + SHORT_ANSWER, answer)
+                    found[_SPLITS[split]].append(question)
+    return books

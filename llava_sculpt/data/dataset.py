@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from torch.utils.data import Dataset
 
 from llava_sculpt.data.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX, encode_record, record_problems
-from llava_sculpt.data.images import ImagePreprocessor, image_problems, load_rgb
+from llava_sculpt.data.image_files import image_problems
+from llava_sculpt.data.images import ImagePreprocessor, load_rgb
 from llava_sculpt.data.tokenizer import LlavaTokenizer
 from llava_sculpt.errors import UserError
 
@@ -36,6 +38,8 @@ def read_records(data_path: str | Path) -> list[Any]:
         raise UserError(
             f"{path}: not valid JSON at line {error.lineno}, column {error.colno} ({error.msg}){hint}"
         ) from error
+    except ValueError as error:  # a number of thousands of digits
+        raise UserError(f"{path}: not valid JSON ({error})") from error
     except RecursionError as error:
         raise UserError(f"{path}: not a LLaVA data file, its JSON is nested too deeply") from error
     if not isinstance(records, list):
@@ -45,21 +49,28 @@ def read_records(data_path: str | Path) -> list[Any]:
     return records
 
 
-def validate_dataset(data_path: str | Path, image_folder: str | Path | None, threads: int = 4) -> None:
+def validate_dataset(
+    data_path: str | Path,
+    image_folder: str | Path | None,
+    more: Callable[[int, dict[str, Any]], list[str]] | None = None,
+) -> None:
     """Check every record and every image of a training file; one UserError tells all problems.
 
-    Needs neither model nor tokenizer. Each image is opened and read once, by ``threads`` threads. Image names
-    start from ``image_folder``, which may be None for a set without images.
+    Needs neither model nor tokenizer. Each image is opened and read once. Image names start
+    from ``image_folder``, which may be None for a set without images. ``more`` gives the further problems of a
+    record (its position, the record) that has none of its own.
     """
     records = read_records(data_path)
     problems = {i: record_problems(record) for i, record in enumerate(records)}
+    for i, record in enumerate(records):
+        problems[i] = problems[i] or (more(i, record) if more else [])
     images = {i: r["image"] for i, r in enumerate(records) if isinstance(r, dict) and _has_image_name(r)}
     if images and not (image_folder is not None and Path(image_folder).is_dir()):
         where = "no image folder is given" if image_folder is None else f"there is no folder {image_folder}"
         lines = [f"{data_path}: has samples with images, but {where} (image_folder)"]
         raise UserError(lines + _told(data_path, records, problems))
     paths = {i: Path(str(image_folder)) / name for i, name in images.items()}
-    bad = image_problems(paths.values(), threads)
+    bad = image_problems(paths.values())
     for i, path in paths.items():
         if path in bad:
             problems[i].append(f"{bad[path]}: {path}")
@@ -105,8 +116,8 @@ class LlavaDataset(Dataset[dict[str, Any]]):
             except UserError as error:
                 problems[i] = error.problems
                 continue
-            problems[i] = _length_problems(ids, labels, model_max_length, image_tokens)
-            length = min(_expanded(len(ids), IMAGE_TOKEN_INDEX in ids, image_tokens), model_max_length)
+            problems[i] = length_problems(ids, labels, model_max_length, image_tokens)
+            length = min(expanded_length(ids, image_tokens), model_max_length)
             self.modality_lengths.append(length if "image" in record else -length)
         _raise_if_any(data_path, self.records, problems)
 
@@ -130,7 +141,13 @@ def _expanded(length: int, has_image: bool, image_tokens: int) -> int:
     return length + (image_tokens - 1 if has_image else 0)
 
 
-def _length_problems(ids: list[int], labels: list[int], max_length: int, image_tokens: int) -> list[str]:
+def expanded_length(ids: list[int], image_tokens: int) -> int:
+    """Tokens of a sample when the image has its room; not truncated."""
+    return _expanded(len(ids), IMAGE_TOKEN_INDEX in ids, image_tokens)
+
+
+def length_problems(ids: list[int], labels: list[int], max_length: int, image_tokens: int) -> list[str]:
+    """What a sample loses that it must not when it is cut at ``max_length``: part of its image, or every answer."""
     has_image = IMAGE_TOKEN_INDEX in ids
     image_end = ids.index(IMAGE_TOKEN_INDEX) + image_tokens if has_image else 0
     if image_end > max_length:

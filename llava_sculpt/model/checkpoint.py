@@ -77,15 +77,16 @@ class BaseCheckpoint:
         return fingerprint([self.path / "config.json"], weight_files(self.path))
 
 
-def find_base_checkpoint(name_or_path: str) -> BaseCheckpoint:
+def find_base_checkpoint(name_or_path: str, weights: bool = True) -> BaseCheckpoint:
     """Resolve a local folder, or a Hub id already in or fetched into the local cache, and check what is needed.
 
-    A checkpoint of the original LLaVA package is converted once, into this user's cache.
+    A checkpoint of the original LLaVA package is converted once, into this user's cache. Without `weights` one in
+    Hugging Face layout needs configuration and tokenizer only.
 
     Raises:
         UserError: nothing there, or every missing or damaged file of the folder.
     """
-    path = find_folder(name_or_path)
+    path = find_folder(name_or_path, weights)
     config = read_config(path)
     if is_original(config):
         path = converted(path, config)
@@ -99,23 +100,25 @@ def find_base_checkpoint(name_or_path: str) -> BaseCheckpoint:
     for name in ("tokenizer.model", "preprocessor_config.json"):
         if not (path / name).is_file():
             problems.append(f"{path}: {name} is missing")
-    problems += check_shards(path)
+    problems += check_shards(path) if weights else []
     if problems:
         raise UserError(problems)
     return BaseCheckpoint(path, config)
 
 
-def find_folder(name_or_path: str) -> Path:
+def find_folder(name_or_path: str, weights: bool = True) -> Path:
     """A local folder, or that of a Hub id in the local cache, fetched if need be; nothing in it is checked.
+
+    Without `weights` those of a Hugging Face checkpoint are not fetched.
 
     Raises:
         UserError: neither.
     """
     path = Path(name_or_path)
-    return path if path.is_dir() else _from_hub(name_or_path)
+    return path if path.is_dir() else _from_hub(name_or_path, weights)
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, weights: bool) -> Path:
     if os.path.isabs(name) or name.startswith(".") or name.count("/") != 1:
         raise UserError(f"model_name_or_path: no such folder: {name}")
     from huggingface_hub import snapshot_download
@@ -124,8 +127,11 @@ def _from_hub(name: str) -> Path:
     small = ["*.json", "*.jinja", "tokenizer.model"]
     try:
         path = Path(snapshot_download(name, allow_patterns=small))
-        weights = ["*.safetensors", "pytorch_model*.bin"] if is_original(read_config(path)) else ["*.safetensors"]
-        return Path(snapshot_download(name, allow_patterns=[*small, *weights]))
+        original = is_original(read_config(path))
+        if not (weights or original):
+            return path
+        wanted = ["*.safetensors", "pytorch_model*.bin"] if original else ["*.safetensors"]
+        return Path(snapshot_download(name, allow_patterns=[*small, *wanted]))
     except UserError:
         raise
     # The hub client raises its own, requests' and OS errors: whatever it is, the model is not to be had.

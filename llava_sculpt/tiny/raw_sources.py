@@ -101,7 +101,7 @@ def write_gqa(world: World, folder: Path, seed: int) -> None:
                 "answer": question.answer,
                 "fullAnswer": f"{question.answer[0].upper()}{question.answer[1:]}.",
                 "isBalanced": True,
-                "groups": {"global": None, "local": None},
+                "groups": {"global": question.family, "local": None},
                 "entailed": [],
                 "equivalent": [f"{count:08d}"],
                 "types": {

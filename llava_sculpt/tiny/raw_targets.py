@@ -7,7 +7,7 @@ from typing import Any
 
 from llava_sculpt.tiny.draw import World
 from llava_sculpt.tiny.files import write_bytes, write_json
-from llava_sculpt.tiny.scenes import jpeg, png
+from llava_sculpt.tiny.scenes import SIZE, jpeg, png
 
 
 def write_iconqa(world: World, folder: Path) -> None:
@@ -37,16 +37,20 @@ def write_iconqa(world: World, folder: Path) -> None:
 
 
 def write_coco(world: World, folder: Path) -> None:
-    """`dataset_coco.json` and the pictures in `train2014/` (train) and `val2014/` (val, test)."""
+    """`dataset_coco.json`, `annotations/captions_{train,val}2014.json`, pictures in `{train,val}2014/`."""
     images: list[dict[str, Any]] = []
+    official: dict[str, dict[str, list[dict[str, Any]]]] = {}
     sentence_id = 0
     for split, samples in world.coco.items():
         year = "train2014" if split == "train" else "val2014"
         for scene, references in samples:
             image_id = len(images) + 1
             name = f"COCO_{year}_{image_id:012d}.jpg"
+            captions = official.setdefault(year, {"images": [], "annotations": []})
+            captions["images"].append({"id": image_id, "file_name": name, "width": SIZE, "height": SIZE})
             sentences = []
             for text in references:
+                captions["annotations"].append({"id": sentence_id, "image_id": image_id, "caption": text})
                 words = [word for word in text.split() if word.isalnum()]
                 sentences.append({"raw": text, "tokens": words, "imgid": image_id - 1, "sentid": sentence_id})
                 sentence_id += 1
@@ -63,3 +67,5 @@ def write_coco(world: World, folder: Path) -> None:
             )
             write_bytes(folder / year / name, jpeg(scene))
     write_json(folder / "dataset_coco.json", {"images": images, "dataset": "coco"})
+    for year, content in official.items():
+        write_json(folder / "annotations" / f"captions_{year}.json", {"info": {}, "licenses": [], **content})

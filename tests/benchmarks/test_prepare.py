@@ -11,6 +11,7 @@ import pytest
 
 from llava_sculpt.benchmarks import prepare_benchmark, prepare_options
 from llava_sculpt.benchmarks.coco import TRAIN_PROMPTS
+from llava_sculpt.cli import main
 from llava_sculpt.errors import UserError
 
 NAMES = ["iconqa", "coco", "okvqa", "ocrvqa", "gqa", "textvqa"]
@@ -117,6 +118,16 @@ def test_iconqa_letter_and_text_styles_agree_with_their_gold(make_raw, tmp_path)
         assert [g["question_id"] for g in gold] == [q["question_id"] for q in lines(out / "test.jsonl")]
 
 
+def test_iconqa_answer_letter_and_no_instruction(make_raw, tmp_path):
+    out = tmp_path / "out"
+    manifest = prepare_benchmark("iconqa", make_raw("iconqa"), out, answer_style="answer_letter", instruction=False)
+    first = load(out / "train.json")[1]["conversations"]
+    assert [turn["value"] for turn in first] == ["<image>\nWhich 1?\nA. cat\nB. dog\nC. sun", "Answer: B"]
+    assert load(out / "test_annotations.json")[0]["answer"] == "Answer: A"
+    assert manifest["prompt_style"] == "choices, answer by answer_letter, no instruction"
+    assert manifest["source_counts"]["train"] == {"found": 12, "official": 18_946}
+
+
 def test_samples_draws_a_fixed_seed_subset_of_train_only(make_raw, tmp_path):
     raw = make_raw("iconqa")
     drawn = {}
@@ -201,7 +212,7 @@ def test_all_problems_are_told_at_once_with_file_and_record(make_raw, tmp_path):
         ("400", "answer 3"),
         ("401", "choices"),
         ("402", "question"),
-        ("403", "zero bytes"),
+        ("403", "0 bytes"),
         ("404", "not valid JSON"),
     ):
         assert any(pid in problem and part in problem for problem in caught.value.problems), pid
@@ -320,3 +331,11 @@ def test_unknown_names_options_and_folders_are_user_errors(make_raw, tmp_path):
         with pytest.raises(UserError):
             call()
     assert prepare_options("textvqa")["ocr_tokens"] is True
+
+
+def test_the_command_notes_counts_that_are_not_the_official_ones(make_raw, tmp_path, capsys):
+    raw = make_raw("gqa")
+    assert main(["prepare", "gqa", "--raw", str(raw), "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr()
+    assert "val 6, test 4" in printed.out
+    assert "note: test: the raw files hold 4, the official release 12,578" in printed.err

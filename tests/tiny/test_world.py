@@ -10,11 +10,23 @@ from pathlib import Path
 
 import pytest
 
+from llava_sculpt.benchmarks import prepare_benchmark
+from llava_sculpt.evaluation.score_files import score_files
+from llava_sculpt.evaluation.scorers import score_predictions
 from llava_sculpt.tiny import draw
 from llava_sculpt.tiny.draw import draw_pretraining, draw_world
 from llava_sculpt.tiny.scenes import render
 from llava_sculpt.tiny.world import write_raw_world
 
+# What `score` takes of each task's raw files.
+OFFICIAL_ANNOTATIONS = {
+    "iconqa": "iconqa_data/problems.json",
+    "coco": "annotations/captions_val2014.json",
+    "okvqa": "mscoco_val2014_annotations.json",
+    "ocrvqa": "dataset.json",
+    "gqa": "testdev_balanced_questions.json",
+    "textvqa": "TextVQA_0.5.1_val.json",
+}
 TASKS = ("iconqa", "coco", "okvqa", "ocrvqa", "gqa", "textvqa")
 
 
@@ -129,3 +141,22 @@ def test_prepare_accepts_it(small: None, tmp_path: Path, task: str) -> None:
     manifest = prepare(tmp_path / "raw" / task, tmp_path / task)
     assert {"val", "test"} <= manifest["splits"].keys()
     assert ("train" in manifest["splits"]) == (task in ("iconqa", "coco"))
+
+
+def test_score_takes_the_raw_files_as_it_takes_the_official_ones(small: None, tmp_path: Path) -> None:
+    write_raw_world(tmp_path)
+    prepare_benchmark("coco", tmp_path / "raw/coco", tmp_path / "official/coco", train_captions="official")
+    for task, file in OFFICIAL_ANNOTATIONS.items():
+        raw, out = tmp_path / "raw" / task, tmp_path / "out" / task
+        prepare_benchmark(task, raw, out)
+        ids = [json.loads(line)["question_id"] for line in (out / "test.jsonl").read_text().splitlines()]
+        texts = ["A", "two dogs", "stop", "red"]
+        pairs = [(question_id, texts[n % 4]) for n, question_id in enumerate(ids)]
+        own = tmp_path / f"{task}.jsonl"
+        own.write_text("".join(json.dumps({"question_id": q, "text": text}) + "\n" for q, text in pairs))
+        found = score_files(task, own, raw / file, questions=out / "test.jsonl", tokenizer="python")
+        if task == "coco":  # captions of val are in the file too, as in the official one
+            assert found["n"] == len(ids)
+        else:
+            expected = score_predictions(task, json.loads((out / "test_annotations.json").read_text()), pairs)
+            assert (found["score"], found["n"]) == (expected.score, expected.n)

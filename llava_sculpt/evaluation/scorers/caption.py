@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +43,16 @@ def score_captions(
     obstacle = ptb_obstacle() if tokenizer is None else None
     if tokenizer == "ptb" or (tokenizer is None and obstacle is None):
         metric, variant = "CIDEr", "PTB tokenizer, pycocoevalcap"
-        scores = _pycocoevalcap_scores(references, texts)
+        cider, scores = _pycocoevalcap_scores(references, texts)
     else:
         metric, variant = "CIDEr (not PTB)", "Python tokenizer" + (f": {obstacle}" if obstacle else "")
         scores = cider_d(
             [[tokenize(text) for text in given] for given in references.values()],
             [tokenize(texts[image_id]) for image_id in references],
         )
+        cider = mean(scores)
     per_item = {image_id: 100 * score for image_id, score in zip(references, scores, strict=True)}
-    return Score(mean(per_item.values()), len(per_item), metric, variant, per_item)
+    return Score(100 * cider, len(per_item), metric, variant, per_item)
 
 
 def ptb_obstacle() -> str | None:
@@ -70,13 +71,15 @@ def ptb_obstacle() -> str | None:
     return None
 
 
-def _pycocoevalcap_scores(references: dict[QuestionId, list[str]], texts: dict[QuestionId, str]) -> Sequence[float]:
+def _pycocoevalcap_scores(
+    references: dict[QuestionId, list[str]], texts: dict[QuestionId, str]
+) -> tuple[float, list[float]]:
     from pycocoevalcap.cider.cider import Cider
 
     gold_tokens = _ptb_tokens(references)
     own_tokens = _ptb_tokens({image_id: [texts[image_id]] for image_id in references})
-    _, scores = Cider().compute_score(gold_tokens, own_tokens)
-    return [float(score) for score in scores]
+    cider, scores = Cider().compute_score(gold_tokens, own_tokens)
+    return float(cider), [float(score) for score in scores]
 
 
 def _ptb_tokens(captions: dict[QuestionId, list[str]]) -> dict[QuestionId, list[str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from llava_sculpt.evaluation.scorers.score import QuestionId, Score, match_predictions, mean
+from llava_sculpt.evaluation.scorers.score import QuestionId, Score, match_predictions
 
 
 def score_exact(gold: Sequence[dict[str, Any]], predictions: Iterable[tuple[QuestionId, str]], what: str) -> Score:
@@ -17,7 +17,7 @@ def score_exact(gold: Sequence[dict[str, Any]], predictions: Iterable[tuple[Ques
     """
     answers = {record["question_id"]: record["answer"] for record in gold}
     texts = match_predictions(predictions, answers, what)
-    per_item: dict[QuestionId, float] = {
-        qid: 100.0 * (texts[qid].lower() == answer.lower()) for qid, answer in answers.items()
-    }
-    return Score(mean(per_item.values()), len(per_item), "accuracy", "exact match, case-insensitive", per_item)
+    correct = {qid: texts[qid].lower() == answer.lower() for qid, answer in answers.items()}
+    per_item: dict[QuestionId, float] = {qid: 100.0 * right for qid, right in correct.items()}
+    score = 100 * sum(correct.values()) / len(correct)
+    return Score(score, len(correct), "accuracy", "exact match, case-insensitive", per_item)

@@ -61,6 +61,8 @@ def match_predictions(
         )
         if ids
     ]
+    if missing and unknown and {str(i) for i in missing} & {str(i) for i in unknown}:
+        problems.append(f"{what}: some ids are numbers in one file and texts in the other; write them alike")
     if not wanted:
         problems.append(f"{what}: there are no gold answers to score against")
     if problems:

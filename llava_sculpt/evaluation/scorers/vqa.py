@@ -25,8 +25,9 @@ def score_okvqa(gold: dict[str, Any], predictions: Iterable[tuple[QuestionId, st
     answers = {record["question_id"]: record["answers"] for record in gold["annotations"]}
     texts = match_predictions(predictions, answers, "okvqa")
     compare = _authors if variant == "authors" else _official
-    per_item = {qid: 100 * _leave_one_out(*compare(texts[qid], given)) for qid, given in answers.items()}
-    return Score(mean(per_item.values()), len(per_item), "VQA accuracy", variant, per_item)
+    accuracies = {qid: _leave_one_out(*compare(texts[qid], given)) for qid, given in answers.items()}
+    score = 100 * sum(accuracies.values()) / len(accuracies)
+    return Score(score, len(accuracies), "VQA accuracy", variant, _percent(accuracies))
 
 
 def score_textvqa(gold: dict[str, Any], predictions: Iterable[tuple[QuestionId, str]]) -> Score:
@@ -40,10 +41,10 @@ def score_textvqa(gold: dict[str, Any], predictions: Iterable[tuple[QuestionId, 
     if wrong:
         raise UserError(f"textvqa: these questions do not have exactly 10 answers: {wrong[:5]}")
     texts = match_predictions(predictions, answers, "textvqa")
-    per_item = {
-        qid: 100 * _leave_one_out(_m4c(texts[qid]), list(enumerate(map(_m4c, given)))) for qid, given in answers.items()
+    accuracies = {
+        qid: _leave_one_out(_m4c(texts[qid]), list(enumerate(map(_m4c, given)))) for qid, given in answers.items()
     }
-    return Score(mean(per_item.values()), len(per_item), "VQA accuracy", "m4c", per_item)
+    return Score(100 * mean(accuracies.values()), len(accuracies), "VQA accuracy", "m4c", _percent(accuracies))
 
 
 def _leave_one_out(prediction: str, answers: Sequence[tuple[Any, str]]) -> float:
@@ -57,6 +58,10 @@ def _leave_one_out(prediction: str, answers: Sequence[tuple[Any, str]]) -> float
         matches = sum(other != left_out and other[1] == prediction for other in answers)
         accuracies.append(min(1, matches / 3))
     return mean(accuracies)
+
+
+def _percent(accuracies: dict[QuestionId, float]) -> dict[QuestionId, float]:
+    return {question_id: 100 * accuracy for question_id, accuracy in accuracies.items()}
 
 
 def _authors(prediction: str, answers: list[dict[str, Any]]) -> tuple[str, list[tuple[Any, str]]]:
