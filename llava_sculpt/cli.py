@@ -10,6 +10,7 @@ from pathlib import Path
 
 from llava_sculpt.errors import UserError
 
+_METHODS = ("sculpt", "lora", "dora", "l2", "orth")
 _TASKS = ("iconqa", "coco", "okvqa", "ocrvqa", "gqa", "textvqa")
 
 
@@ -50,7 +51,7 @@ def _train(options: argparse.Namespace) -> int:
 def _add_finetune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("task", choices=["iconqa", "coco"])
     parser.add_argument("--scale", choices=["paper", "tiny"], help="default: paper if this machine can run it")
-    parser.add_argument("--method", choices=["sculpt", "lora"], default="sculpt")
+    parser.add_argument("--method", choices=_METHODS, default="sculpt")
     parser.add_argument("--rank", type=int, default=32, help="LoRA rank (paper: 16, 32, 64)")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--output_dir", help="default: runs/SCALE/TASK/METHOD_rRANK_seedSEED")

@@ -18,7 +18,9 @@ from transformers import TrainingArguments as HfTrainingArguments
 
 from llava_sculpt.errors import UserError
 
-METHODS = ("sculpt", "lora")
+METHOD_NAMES = {"sculpt": "LoRASculpt", "lora": "LoRA", "dora": "DoRA", "l2": "L2-Reg", "orth": "Orth-Reg"}
+METHODS = tuple(METHOD_NAMES)
+REGULARIZED_METHODS = ("l2", "orth")  # those that reg_lambda is for
 CONNECTOR_MODES = ("full", "frozen", "lora", "sculpt")
 
 # Flags of LLaVA's own train.py that have no counterpart here, with the reason a pasted command should hear.
@@ -76,9 +78,19 @@ class DataArguments:
 
 @dataclass
 class SculptArguments:
-    method: str = field(default="sculpt", metadata={"help": "LoRASculpt or plain LoRA.", "choices": list(METHODS)})
+    method: str = field(
+        default="sculpt",
+        metadata={
+            "help": "LoRASculpt, or a baseline: plain LoRA, DoRA, LoRA with L2-Reg or Orth-Reg.",
+            "choices": list(METHODS),
+        },
+    )
+    reg_lambda: float = field(default=1e-3, metadata={"help": "Weight of the regularizer of method l2 or orth."})
     sculpt_density: float = field(
-        default=0.1, metadata={"help": "Fraction of entries kept in each lora_A and lora_B (the paper's s)."}
+        default=0.1,
+        metadata={
+            "help": "Fraction of entries kept in each lora_A and lora_B (the paper's s); 1 never prunes (RKH only)."
+        },
     )
     sculpt_warmup_steps: float = field(
         default=100.0,
@@ -143,6 +155,11 @@ class Config:
         """lora_alpha, by default 2 r (the release's choice)."""
         return 2.0 * self.model.lora_r if self.model.lora_alpha is None else self.model.lora_alpha
 
+    @property
+    def prunes(self) -> bool:
+        """Whether masks are made: LoRASculpt, unless every entry is kept."""
+        return self.sculpt.method == "sculpt" and self.sculpt.sculpt_density < 1
+
     def to_dict(self) -> dict[str, Any]:
         """Flat, JSON-serialisable record of every field (run.json, model card)."""
         flat: dict[str, Any] = {}
@@ -153,7 +170,8 @@ class Config:
 
     def identity(self) -> dict[str, Any]:
         """The fields that decide the result: two runs that agree in them may continue each other."""
-        return {k: v for k, v in self.to_dict().items() if k not in _DOES_NOT_CHANGE_THE_RESULT}
+        unused = set() if self.sculpt.method in REGULARIZED_METHODS else {"reg_lambda"}
+        return {k: v for k, v in self.to_dict().items() if k not in _DOES_NOT_CHANGE_THE_RESULT | unused}
 
 
 # Where a run is written, how it is watched and split over devices: free to change between a start and its resume.
@@ -326,10 +344,10 @@ def _impossible_values(
         problems.append(f"sculpt_warmup_steps: whole steps, or a fraction below 1; got {sculpt.sculpt_warmup_steps}")
     if not sculpt.sculpt_omega > 0:
         problems.append(f"sculpt_omega: must be above 0, got {sculpt.sculpt_omega}")
-    for name in ("sculpt_alpha", "sculpt_beta"):
+    for name in ("sculpt_alpha", "sculpt_beta", "reg_lambda"):
         if not getattr(sculpt, name) >= 0:
             problems.append(f"{name}: must not be negative, got {getattr(sculpt, name)}")
-    if sculpt.method == "lora" and model.connector == "sculpt":
+    if sculpt.method != "sculpt" and model.connector == "sculpt":
         problems.append("connector: sculpt needs method: sculpt (use connector: lora)")
     if values.get("fp16") and not torch.cuda.is_available():
         problems.append("fp16: needs a GPU; use bf16 or neither")

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Fine-tune LLaVA-1.5 on COCO captions, then evaluate the Target and the four Source tasks.
 #
-#   bash scripts/finetune_coco.sh [--scale paper|tiny] [--method sculpt|lora] [--rank 16|32|64] [--seed N]
-#                               [--output_dir DIR] [any flag of the training entry point]
+#   bash scripts/finetune_coco.sh [--scale paper|tiny] [--method sculpt|lora|dora|l2|orth] [--rank 16|32|64]
+#                               [--seed N] [--output_dir DIR] [any flag of the training entry point]
 #
 # Default: LoRASculpt at rank 32, at the scale this machine can run.
 #   paper  4 x 24 GB GPUs, LLaVA-1.5-7B, 10,000 samples x 3 epochs (DeepSpeed ZeRO-2, global batch 16).

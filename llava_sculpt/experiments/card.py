@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from llava_sculpt.config import METHOD_NAMES, REGULARIZED_METHODS
 from llava_sculpt.evaluation.table import format_details, format_table
 from llava_sculpt.model.inspect import inspect_adapter
 
@@ -22,17 +23,17 @@ def write_card(folder: Path, run: dict[str, Any], rows: list[tuple[str, dict[str
         rows: (label, results) to show; the last one is this run's.
     """
     config, total = run["config"], inspect_adapter(folder)["total"]
-    settings = "\n".join(
-        f"| {key} | {config[key]} |" for key in _SHOWN if config["method"] == "sculpt" or not key.startswith("sculpt_")
-    )
-    name = "LoRASculpt" if config["method"] == "sculpt" else "LoRA"
+    method = config["method"]
+    shown = [key for key in _SHOWN if method == "sculpt" or not key.startswith("sculpt_")]
+    shown += ["reg_lambda"] if method in REGULARIZED_METHODS else []
+    settings = "\n".join(f"| {key} | {config[key]} |" for key in shown)
     (folder / "README.md").write_text(
         f"""---
 base_model: {run["base"]["path"]}
 library_name: peft
 tags: [llava, lora, lorasculpt]
 ---
-# {name} adapter, rank {config["lora_r"]}, on {Path(run["data"]["path"]).parent.name}
+# {METHOD_NAMES[method]} adapter, rank {config["lora_r"]}, on {Path(run["data"]["path"]).parent.name}
 
 {run["data"]["samples"]:,} training samples, {run["steps"]:,} optimizer steps of {run["global_batch_size"]},
 base model `{run["base"]["path"]}` (fingerprint `{run["base"]["fingerprint"][:16]}`).

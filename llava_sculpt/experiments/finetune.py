@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from llava_sculpt.benchmarks import SOURCES
+from llava_sculpt.config import METHOD_NAMES
 from llava_sculpt.errors import UserError
 from llava_sculpt.evaluation.figure import plot_source_target
 from llava_sculpt.evaluation.run import evaluate, load_tasks
@@ -34,7 +35,6 @@ MODEL = {"tiny": TINY_MODEL, "paper": PAPER_MODEL}
 EVAL_BATCH = {"tiny": 100, "paper": 16}
 GLOBAL_BATCH = 16
 PER_DEVICE_BATCH = 4
-METHOD_NAMES = {"sculpt": "LoRASculpt", "lora": "LoRA"}
 
 
 def missing_for_paper(task: str) -> list[str]:
@@ -96,8 +96,11 @@ def _banner(task: str, scale: str, method: str, rank: int, seed: int, folder: Pa
 
 
 def _train(task: str, scale: str, method: str, rank: int, seed: int, folder: Path, train_flags: list[str]) -> int:
-    config = Path("configs") / ("tiny" if scale == "tiny" else "") / f"{task}_{method}.yaml"
-    flags = ["--config", str(config), "--lora_r", str(rank), "--seed", str(seed), "--output_dir", str(folder)]
+    # The baselines are plain LoRA's file and --method.
+    recipe = "sculpt" if method == "sculpt" else "lora"
+    config = Path("configs") / ("tiny" if scale == "tiny" else "") / f"{task}_{recipe}.yaml"
+    flags = ["--config", str(config), "--method", method, "--lora_r", str(rank), "--seed", str(seed)]
+    flags += ["--output_dir", str(folder)]
     prepared = DATA[scale] / task
     images = json.loads((prepared / "manifest.json").read_text(encoding="utf-8"))["image_folder"]
     flags += ["--data_path", str(prepared / "train.json"), "--image_folder", str((prepared / images).resolve())]

@@ -27,7 +27,8 @@ def save_adapter(model: PeftModel, folder: Path, state: dict[str, torch.Tensor],
     """Write adapter_config.json, adapter_model.safetensors and, if it was trained, connector.safetensors.
 
     Args:
-        state: the trained tensors (LoRA and, when it trains, the connector) by parameter name, whole also under ZeRO.
+        state: the trained tensors (LoRA, DoRA's magnitudes, the connector when it trains) by parameter name, whole also
+            under ZeRO.
         base_name: the base checkpoint, recorded for PEFT.
     """
     model.peft_config["default"].base_model_name_or_path = base_name

@@ -29,12 +29,14 @@ class LoraPair:
     Attributes:
         name: module path inside the PEFT model.
         lora_A: parameter (r, q). lora_B: parameter (p, r).
+        magnitude: DoRA's parameter (p,), the norm of each row of the adapted weight; None without DoRA.
         layer: the PEFT layer that holds them and the frozen weight W (p, q).
     """
 
     name: str
     lora_A: nn.Parameter
     lora_B: nn.Parameter
+    magnitude: nn.Parameter | None
     layer: LoraLayer
 
     @property
@@ -55,17 +57,22 @@ class LoraPair:
         return weight
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(key in adapter_model.safetensors, parameter) of A, then of B."""
+        """(key in adapter_model.safetensors, parameter) of A, of B, and of DoRA's magnitude if there is one."""
         yield f"{self.name}.lora_A.weight", self.lora_A
         yield f"{self.name}.lora_B.weight", self.lora_B
+        if self.magnitude is not None:
+            yield f"{self.name}.lora_magnitude_vector", self.magnitude
 
 
-def inject_lora(model: nn.Module, *, r: int, lora_alpha: float, dropout: float, connector: str) -> PeftModel:
+def inject_lora(
+    model: nn.Module, *, r: int, lora_alpha: float, dropout: float, connector: str, use_dora: bool = False
+) -> PeftModel:
     """Wrap a frozen base model in LoRA (Eq. 1) and set what of the connector trains.
 
     Args:
         model: LlavaForConditionalGeneration with all parameters frozen.
         connector: full (its own weights train), frozen, lora or sculpt (both: LoRA on its two linear layers).
+        use_dora: DoRA in place of LoRA everywhere: the norm of each row of the adapted weight trains by itself.
 
     Returns:
         PEFT model; LoRA and, with `full`, the connector's weights are float32 and trainable, nothing else is.
@@ -77,6 +84,7 @@ def inject_lora(model: nn.Module, *, r: int, lora_alpha: float, dropout: float, 
         lora_dropout=dropout,
         target_modules=f"({LLM_TARGETS})|({CONNECTOR_TARGETS})" if with_connector else LLM_TARGETS,
         bias="none",
+        use_dora=use_dora,
         task_type="CAUSAL_LM",
     )
     peft_model = get_peft_model(model, config)
@@ -108,5 +116,7 @@ def lora_pairs(model: nn.Module) -> list[LoraPair]:
         if isinstance(module, LoraLayer) and ADAPTER in module.lora_A:
             lora_A: Any = module.lora_A[ADAPTER]
             lora_B: Any = module.lora_B[ADAPTER]
-            pairs.append(LoraPair(name, lora_A.weight, lora_B.weight, module))
+            magnitudes: Any = module.lora_magnitude_vector
+            magnitude = magnitudes[ADAPTER].weight if ADAPTER in magnitudes else None
+            pairs.append(LoraPair(name, lora_A.weight, lora_B.weight, magnitude, module))
     return pairs

@@ -55,7 +55,7 @@ def conflict_terms(
     """
     _check(lora_A, lora_B, weight, norm)
     tile_rows = tile_rows or (128 if weight.device.type == "cpu" else 1024)
-    with torch.no_grad(), _full_float32(weight.device.type):
+    with torch.no_grad(), full_float32(weight.device.type):
         A, B = lora_A.detach().float(), lora_B.detach().float()
         value = torch.zeros((), dtype=torch.float64, device=weight.device)
         grad_A, grad_B = torch.zeros_like(A), torch.empty_like(B)
@@ -163,7 +163,7 @@ def power_of_two_below(x: Tensor) -> Tensor:
 
 
 @contextmanager
-def _full_float32(device_type: str) -> Iterator[None]:
+def full_float32(device_type: str) -> Iterator[None]:
     """No autocast, and no TF32 or bf16 inside float32 matrix products: either costs three digits."""
     cuda: Any = torch.backends.cuda.matmul
     if hasattr(cuda, "fp32_precision"):

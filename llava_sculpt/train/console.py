@@ -31,6 +31,8 @@ def log_line(step: int, steps: int, logs: dict[str, Any]) -> str:
         ("task_loss", "task", ".4f"),
         ("cmr_llm", "CMR llm", ".3e"),
         ("cmr_connector", "CMR connector", ".3e"),
+        ("l2_penalty", "L2", ".3e"),
+        ("orth_penalty", "orth", ".3e"),
         ("lr_lora", "lr lora", ".1e"),
         ("lr_connector", "lr connector", ".1e"),
         ("density", "density", ".3f"),

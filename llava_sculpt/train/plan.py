@@ -164,7 +164,7 @@ def make_plan(
         connector=model.connector,
         regularized=is_sculpt and sculpt.sculpt_alpha > 0,
         connector_regularized=is_sculpt and model.connector == "sculpt" and sculpt.sculpt_beta > 0,
-        masked=is_sculpt,
+        masked=config.prunes,
         zero=None if zero is None else _zero(arguments.deepspeed, zero, architecture.hidden),
         gpus=gpus,
         batch=arguments.per_device_train_batch_size,

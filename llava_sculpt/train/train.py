@@ -1,4 +1,4 @@
-"""Fine-tune LLaVA-1.5 with LoRASculpt or LoRA. The same file runs under three launchers:
+"""Fine-tune LLaVA-1.5 with LoRASculpt or a baseline. The same file runs under three launchers:
 
     python -m llava_sculpt.train.train --config configs/tiny/iconqa_sculpt.yaml
     torchrun --nproc_per_node 4 llava_sculpt/train/train.py --config configs/iconqa_sculpt.yaml
@@ -133,12 +133,14 @@ def _check_against_data(config: Config, checkpoint: BaseCheckpoint, steps: int) 
             f"bits: {config.model.bits} does not go with ZeRO-3 (the regularizer needs whole weights, and ZeRO-3 would "
             "cut up the packed bytes); use configs/zero2.json, or bits: 16"
         )
+    if config.sculpt.method == "orth" and stage == 3:
+        problems.append("method: orth does not go with ZeRO-3 (it needs whole weights); use configs/zero2.json")
     if config.model.lora_r > checkpoint.smallest_dimension:
         problems.append(
             f"lora_r: {config.model.lora_r} is above the smallest dimension of the adapted matrices "
             f"({checkpoint.smallest_dimension})"
         )
-    if config.sculpt.method == "sculpt":
+    if config.prunes:
         try:
             SculptSchedule(config.sculpt.sculpt_warmup_steps, steps)
         except ValueError as error:
@@ -167,7 +169,7 @@ def gpu_memory() -> int | None:
 def _check_resume(config: Config, checkpoint: Path, steps: int) -> None:
     read_tensors(checkpoint / ADAPTER_FILE)
     _check_engine(config, checkpoint)
-    if config.sculpt.method == "sculpt":
+    if config.prunes:
         schedule = SculptSchedule(config.sculpt.sculpt_warmup_steps, steps)
         check_masks(checkpoint, checkpoint_step(checkpoint), schedule, config.sculpt.sculpt_density)
 
@@ -229,6 +231,7 @@ def build_trainer(config: Config, checkpoint: BaseCheckpoint, dataset: LlavaData
         lora_alpha=config.lora_alpha,
         dropout=model_arguments.lora_dropout,
         connector=model_arguments.connector,
+        use_dora=config.sculpt.method == "dora",
     )
     if arguments.deepspeed_plugin is not None:
         # DeepSpeed keeps float32 masters itself; ZeRO-3 asks for working copies of one dtype.
@@ -242,7 +245,7 @@ def build_trainer(config: Config, checkpoint: BaseCheckpoint, dataset: LlavaData
         checkpoint.image_size,
         arguments.model_max_length,
     )
-    trainer_class = LLaVASculptTrainer if config.sculpt.method == "sculpt" else LLaVATrainer
+    trainer_class = LLaVASculptTrainer if config.prunes else LLaVATrainer
     return trainer_class(peft_model, config, dataset, collator)
 
 

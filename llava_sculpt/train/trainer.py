@@ -1,4 +1,4 @@
-"""LLaVATrainer: what LLaVA needs of a Trainer. LLaVASculptTrainer: the loss term and the callback of LoRASculpt."""
+"""LLaVATrainer: what LLaVA needs of a Trainer, and a method's loss term. LLaVASculptTrainer: LoRASculpt's masks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llava_sculpt.model.adapter import load_connector, save_adapter
 from llava_sculpt.model.lora import CONNECTOR, lora_pairs
 from llava_sculpt.train.callback import SculptCallback
 from llava_sculpt.train.console import ConsoleCallback
-from llava_sculpt.train.regularizer import ConflictRegularizer
+from llava_sculpt.train.regularizer import make_regularizer
 from llava_sculpt.train.runs import SAVING, publish_checkpoint
 from llava_sculpt.train.zero import gather_working_copies
 
@@ -30,6 +30,9 @@ class LLaVATrainer(Trainer):
 
     Adds to Hugging Face's: a learning rate of its own for the connector, LLaVA's sampler by modality and length, the
     connector in every checkpoint, checkpoints that are complete or not there, and the logs of docs/method.md.
+
+    The regularizer of the configured method, if it has one, is added once per optimizer step, in the micro-step that
+    ends it, so it costs and counts the same however the step is split by gradient accumulation.
 
     Args:
         model: PEFT model from `inject_lora`.
@@ -48,6 +51,7 @@ class LLaVATrainer(Trainer):
         self._task_loss_since = 0
         self._lrs: dict[str, float] = {}
         self._aside = False
+        self.regularizer = make_regularizer(lora_pairs(model), config)
         super().__init__(model, config.training, data_collator=data_collator, train_dataset=train_dataset)
         self.add_callback(_StepFacts(self))
         self.remove_callback(ProgressCallback)
@@ -107,16 +111,24 @@ class LLaVATrainer(Trainer):
         result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = result[0] if return_outputs else result
         self._task_loss = self._task_loss + loss.detach()
-        return result
+        penalty = self.regularizer() if self.regularizer is not None and self.accelerator.sync_gradients else None
+        if penalty is None:
+            return result
+        if num_items_in_batch is None:
+            # A mean over micro-batches: the Trainer divides what is returned here by their number.
+            penalty = penalty * self.current_gradient_accumulation_steps
+        return (loss + penalty, result[1]) if return_outputs else loss + penalty
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the task loss and the learning rate of each group to what the Trainer logs."""
+        """Add to what the Trainer logs: task loss, value of the regularizer, learning rate of each group."""
         steps = self.state.global_step - self._task_loss_since
         if "loss" in logs and steps > 0:
             task_loss = torch.as_tensor(self._task_loss, device=self.args.device).reshape(1)
             logs["task_loss"] = self.accelerator.gather(task_loss).mean().item() / steps
             logs.update({f"lr_{name}": lr for name, lr in self._lrs.items()})
             self._task_loss, self._task_loss_since = 0.0, self.state.global_step
+            if self.regularizer is not None:
+                logs.update(self.regularizer.values())
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -187,45 +199,16 @@ class _StepFacts(TrainerCallback):
 
 
 class LLaVASculptTrainer(LLaVATrainer):
-    """LoRASculpt: LLaVATrainer with the regularizer in the loss and the masks in a callback (Algorithm 1).
-
-    The regularizer is added once per optimizer step, in the micro-step that ends it, so it costs and counts the same
-    however the step is split by gradient accumulation. Each process adds its share (`ConflictRegularizer`); gradient
-    averaging over the processes makes it the whole term.
-    """
+    """LoRASculpt: LLaVATrainer, whose regularizer is then CMR, with the masks in a callback (Algorithm 1)."""
 
     def __init__(self, model: PeftModel, config: Config, train_dataset: Any, data_collator: Any) -> None:
         super().__init__(model, config, train_dataset, data_collator)
-        pairs, sculpt = lora_pairs(model), config.sculpt
-        self.regularizer = ConflictRegularizer(pairs, sculpt, with_connector=config.model.connector == "sculpt")
-        self.masking = SculptCallback(
-            [pair for pair in pairs if not pair.in_connector], sculpt.sculpt_density, sculpt.sculpt_warmup_steps
-        )
+        pruned = [pair for pair in lora_pairs(model) if not pair.in_connector]
+        self.masking = SculptCallback(pruned, config.sculpt.sculpt_density, config.sculpt.sculpt_warmup_steps)
         self.add_callback(self.masking)
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if not self.accelerator.sync_gradients:
-            return result
-        penalty = self.regularizer()
-        if penalty is None:
-            return result
-        if num_items_in_batch is None:
-            # A mean over micro-batches: the Trainer divides what is returned here by their number.
-            penalty = penalty * self.current_gradient_accumulation_steps
-        return (result[0] + penalty, result[1]) if return_outputs else result + penalty
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs["cmr_llm"] = float(self.regularizer.cmr_llm)
-            if self.config.model.connector == "sculpt":
-                logs["cmr_connector"] = float(self.regularizer.cmr_connector)
             logs["density"] = self.masking.measured_density()
         super().log(logs, start_time)
 
