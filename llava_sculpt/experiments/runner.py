@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from llava_sculpt.errors import UserError
-from llava_sculpt.experiments.grid import Run, read_grid
+from llava_sculpt.experiments.grid import Grid, Run, read_grid
 from llava_sculpt.experiments.plan import Job, adapter_folder, adapter_root, make_plan
 from llava_sculpt.experiments.results import read_results, result_file, results_folder
+from llava_sculpt.experiments.summary import format_choice, format_rows, rows_of
 from llava_sculpt.experiments.worker import PRELOAD, check, do_job, log_file
 from llava_sculpt.records import write_json
 
@@ -63,14 +64,15 @@ def experiment(
     ]
     if scale == "paper" and jobs not in (None, 1):
         problems.append("--jobs: at scale paper one run at a time takes all GPUs")
-    runs: dict[str, Run] = {}
+    grids: list[Grid] = []
     for name in names:
         try:
-            runs.update((run.name, run) for run in read_grid(name, scale, split, seeds).runs)
+            grids.append(read_grid(name, scale, split, seeds))
         except UserError as error:
             problems += error.problems
     if problems:
         raise UserError(list(dict.fromkeys(problems)))
+    runs = {run.name: run for grid in grids for run in grid.runs}
     at_a_time = 1 if scale == "paper" else jobs or min(os.cpu_count() or 1, 8)
     results = {} if redo else read_results(scale)
     if dry_run:
@@ -78,6 +80,7 @@ def experiment(
         return 0
     if all(name in results for name in runs):
         print(f"all {len(runs)} results are in {results_folder(scale)}")
+        _show(grids, results)
         return 0
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
@@ -89,7 +92,17 @@ def experiment(
     _keep_adapters_of(origin, scale)
     plan = make_plan(runs.values(), results)
     print(f"{len(runs)} runs, {len(runs) - sum(len(job.scores) for job in plan)} of them done; {len(plan)} jobs to do")
-    return _Runner(context, plan, at_a_time).run()
+    code = _Runner(context, plan, at_a_time).run()
+    _show(grids, read_results(scale))
+    return code
+
+
+def _show(grids: list[Grid], results: dict[str, dict[str, Any]]) -> None:
+    for grid in grids:
+        rows = rows_of(grid.runs, results)
+        print(f"\n{grid.name}: {grid.title}\n{format_rows(rows)}")
+        if grid.runs[0].split == "val":
+            print(format_choice(rows))
 
 
 def _describe(runs: list[Run], plan: list[Job], at_a_time: int) -> str:
