@@ -24,7 +24,7 @@ from typing import Any
 from llava_sculpt.errors import UserError
 from llava_sculpt.experiments.grid import Grid, Run, read_grid
 from llava_sculpt.experiments.plan import Job, adapter_folder, adapter_root, make_plan
-from llava_sculpt.experiments.results import read_results, result_file, results_folder
+from llava_sculpt.experiments.results import read_results, result_file
 from llava_sculpt.experiments.summary import format_choice, format_rows, rows_of
 from llava_sculpt.experiments.worker import PRELOAD, check, do_job, log_file
 from llava_sculpt.records import write_json
@@ -77,10 +77,6 @@ def experiment(
     results = {} if redo else read_results(scale)
     if dry_run:
         print(_describe(list(runs.values()), make_plan(runs.values(), results), at_a_time))
-        return 0
-    if all(name in results for name in runs):
-        print(f"all {len(runs)} results are in {results_folder(scale)}")
-        _show(grids, results)
         return 0
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)

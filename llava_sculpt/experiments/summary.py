@@ -94,12 +94,16 @@ def choose(rows: Iterable[Row]) -> dict[tuple[str, str], list[tuple[Row, float]]
         target = max(fmean(row.values("target").values()) for row in here)
         for row in here:
             if row is not zero_shot:
-                kept = fmean(row.values("source").values()) / source
-                learned = fmean(row.values("target").values()) / target
+                kept = _share(fmean(row.values("source").values()), source)
+                learned = _share(fmean(row.values("target").values()), target)
                 found.setdefault((task, row.run.method), []).append((row, (kept + learned) / 2))
     for settings in found.values():
         settings.sort(key=lambda item: (-item[1], item[0].run.setting("learning_rate")))
     return found
+
+
+def _share(value: float, whole: float) -> float:
+    return value / whole if whole else 0.0
 
 
 def format_rows(rows: list[Row]) -> str:
