@@ -19,7 +19,7 @@ from llava_sculpt.experiments.grid import ZERO_SHOT, Run
 # a core of a shared machine. Paper: 4 x RTX 4090, computed (docs/reproduce.md).
 _ASSUMED = {
     "tiny": {"train": 45.0, "edit": 20.0, "evaluate": 15.0},
-    "paper": {"train": 900.0, "edit": 900.0, "evaluate": 5400.0},
+    "paper": {"train": 900.0, "edit": 900.0, "evaluate": 4500.0},
 }
 
 
