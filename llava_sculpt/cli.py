@@ -194,6 +194,17 @@ def _experiment(options: argparse.Namespace) -> int:
     )
 
 
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--scale", choices=["paper", "tiny"], required=True)
+    parser.add_argument("--out", type=Path, required=True, help="folder for report.html, report.md and the figures")
+
+
+def _report(options: argparse.Namespace) -> int:
+    from llava_sculpt.experiments.report import report
+
+    return report(options.scale, options.out)
+
+
 _Command = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]
 _COMMANDS: dict[str, _Command] = {
     "finetune": ("the main job: train, evaluate, table and figure", _add_finetune, _finetune),
@@ -202,6 +213,7 @@ _COMMANDS: dict[str, _Command] = {
     "eval": ("score a model on the prepared tasks", _add_eval, _eval),
     "prepare": ("official download -> training and question files", _add_prepare, _prepare),
     "experiment": ("the runs of the paper's tables and figures, from grids", _add_experiment, _experiment),
+    "report": ("tables, figures and findings of the experiments", _add_report, _report),
     "inspect": ("densities of an adapter beside Theorem 3.1", _add_inspect, _inspect),
 }
 
