@@ -170,6 +170,92 @@ def _inspect(options: argparse.Namespace) -> int:
     return 0
 
 
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    for kind, source in (("checkpoint", "folder or Hub id"), ("adapter", "folder of a run, or one LLaVA wrote")):
+        part = kinds.add_parser(kind, help=f"convert a{'n' * (kind == 'adapter')} {kind}", allow_abbrev=False)
+        part.add_argument("source", help=source)
+        part.add_argument("--to", choices=["hf", "original"], required=True, help="layout of the result")
+        part.add_argument("--out", type=Path, required=True, help="new folder")
+        if kind == "adapter":
+            part.add_argument("--base", help="base checkpoint, if not the one the adapter names")
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from llava_sculpt.model.convert import convert_adapter, convert_checkpoint
+
+    if options.kind == "checkpoint":
+        convert_checkpoint(options.source, options.to, options.out)
+    else:
+        convert_adapter(Path(options.source), options.to, options.out, options.base)
+    print(options.out)
+    return 0
+
+
+def _add_merge(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("adapter", type=Path, help="folder of a run or checkpoint")
+    parser.add_argument("--base", help="base checkpoint, if not the one the adapter names")
+    parser.add_argument("--out", type=Path, required=True, help="new folder for the merged model")
+    parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="default: the base's")
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from llava_sculpt.model.merge import format_merge, merge_adapter
+
+    print(format_merge(merge_adapter(options.adapter, options.out, options.base, options.dtype)))
+    return 0
+
+
+def _add_edit(parser: argparse.ArgumentParser) -> None:
+    methods = parser.add_subparsers(dest="edit", required=True, metavar="METHOD")
+
+    def add(name: str, summary: str) -> argparse.ArgumentParser:
+        method = methods.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        method.add_argument("--adapter", type=Path, required=True, help="folder of a run or checkpoint")
+        method.add_argument("--out", type=Path, required=True, help="new folder for the result")
+        return method
+
+    pruned = add("post_prune", "the largest entries of trained A and B -> an adapter")
+    pruned.add_argument("--density", type=float, default=0.1, help="fraction of entries kept (default 0.1)")
+    dare = add("dare", "drop entries of the delta at random, rescale the rest -> a merged model")
+    dare.add_argument("--drop", type=float, help="probability that an entry is dropped (default 0.9)")
+    tailor = add("model_tailor", "the fine-tuned entries that matter, compensated -> a merged model")
+    tailor.add_argument("--keep", type=float, default=0.1, help="fraction of fine-tuned entries kept (default 0.1)")
+    tailor.add_argument("--data_path", required=True, help="training JSON the calibration samples are drawn from")
+    tailor.add_argument("--image_folder", required=True, help="folder its `image` paths start from")
+    tailor.add_argument("--samples", type=int, default=128, help="calibration samples (default 128)")
+    tailor.add_argument("--no_compensation", action="store_true", help="leave kept entries as they are")
+    for merged in (dare, tailor):
+        merged.add_argument("--seed", type=int, default=42)
+        merged.add_argument("--base", help="base checkpoint, if not the one the adapter names")
+
+
+def _edit(options: argparse.Namespace) -> int:
+    from llava_sculpt.methods import DROP
+    from llava_sculpt.model.edit import dare, post_prune
+    from llava_sculpt.model.tailor import model_tailor
+
+    if options.edit == "post_prune":
+        post_prune(options.adapter, options.out, options.density)
+    elif options.edit == "dare":
+        dare(options.adapter, options.out, DROP if options.drop is None else options.drop, options.seed, options.base)
+    else:
+        model_tailor(
+            options.adapter,
+            options.out,
+            keep=options.keep,
+            data_path=options.data_path,
+            image_folder=options.image_folder,
+            samples=options.samples,
+            seed=options.seed,
+            compensate=not options.no_compensation,
+            base=options.base,
+            progress=True,
+        )
+    print(f"{options.out}: {options.edit} of {options.adapter}")
+    return 0
+
+
 def _add_experiment(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("grids", nargs="+", metavar="GRID", help="name in configs/grids/ (table1, fig4, ...) or file")
     parser.add_argument("--scale", choices=["paper", "tiny"], required=True)
@@ -212,6 +298,9 @@ _COMMANDS: dict[str, _Command] = {
     "plan": ("memory, steps and FLOPs of a training, before it", _add_plan, _plan),
     "eval": ("score a model on the prepared tasks", _add_eval, _eval),
     "prepare": ("official download -> training and question files", _add_prepare, _prepare),
+    "convert": ("checkpoints and adapters between here and the original LLaVA", _add_convert, _convert),
+    "merge": ("an adapter into its base model, weight by weight", _add_merge, _merge),
+    "edit": ("post-pruning, DARE, Model Tailor on a trained adapter", _add_edit, _edit),
     "experiment": ("the runs of the paper's tables and figures, from grids", _add_experiment, _experiment),
     "report": ("tables, figures and findings of the experiments", _add_report, _report),
     "inspect": ("densities of an adapter beside Theorem 3.1", _add_inspect, _inspect),

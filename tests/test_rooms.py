@@ -11,10 +11,11 @@ PACKAGE = Path(__file__).parents[1] / "llava_sculpt"
 BELOW = {
     "sculpt": set(),
     "data": {"errors"},
-    "model": {"errors", "data", "sculpt"},
+    "methods": {"sculpt"},
+    "model": {"errors", "records", "data", "sculpt", "methods"},
     "benchmarks": {"errors", "records"},
     "evaluation": {"errors", "records", "data", "benchmarks"},
-    "train": {"errors", "records", "config", "data", "model", "sculpt"},
+    "train": {"errors", "records", "config", "data", "model", "sculpt", "methods"},
     "tiny": {"errors", "data", "benchmarks"},
     "experiments": {"errors", "records", "config", "model", "benchmarks", "evaluation", "train", "tiny"},
 }

@@ -284,10 +284,16 @@ def _reference(axes: Axes, rows: Sequence[Row], score: str) -> None:
 
 
 def _ticks(axes: Axes, values: Sequence[float], labels: Sequence[str] | None = None, most: int = 10) -> None:
-    step = -(-len(values) // most)
-    axes.set_xticks(
-        list(values)[::step], list(labels)[::step] if labels else [f"{value:g}" for value in values][::step]
-    )
+    """Ticks at the values, in rising order, as far as their labels have room."""
+    named = list(zip(values, labels or [f"{value:g}" for value in values], strict=True))
+    if axes.get_xscale() == "log":
+        kept = named[:1]
+        for value, label in named[1:]:
+            if value > 1.8 * kept[-1][0]:
+                kept.append((value, label))
+        named = kept
+    named = named[:: -(-len(named) // most)]
+    axes.set_xticks([value for value, _ in named], [label for _, label in named])
     axes.minorticks_off()
 
 

@@ -88,6 +88,11 @@ def log_file(job: Job) -> Path:
     return adapter_root(job.run.scale) / "logs" / f"{job.run.adapter_name}.log"
 
 
+def scores_folder(run: Run) -> Path:
+    """Where the predictions of a run go."""
+    return adapter_root(run.scale) / "scores" / run.name
+
+
 def do_job(job: Job) -> None:
     """Run one job to its end, as the main function of its process; the process exits with the job's code."""
     _detach(log_file(job))
@@ -130,6 +135,8 @@ def _do(job: Job) -> int:
         for run in job.scores:
             if not result_file(run.scale, run.name).is_file():
                 write_result(result_file(run.scale, run.name), _score(run, seconds))
+        if job.run.parent is not None:  # nothing builds on it, and it may be as large as the base model
+            shutil.rmtree(adapter_folder(job.run))
     return 0
 
 
@@ -182,7 +189,7 @@ def _score(run: Run, seconds: dict[str, float]) -> dict[str, Any]:
     folder, made = adapter_folder(run), run.method != ZERO_SHOT
     started = time.monotonic()
     results = evaluate_model(
-        str(folder) if made else MODEL[run.scale], folder / run.split, run.tasks, run.scale, run.name, run.split
+        str(folder) if made else MODEL[run.scale], scores_folder(run), run.tasks, run.scale, run.name, run.split
     )
     seconds["evaluate"] = time.monotonic() - started
     trained = read_run(adapter_folder(run.parent or run)) if made else {}
@@ -201,13 +208,13 @@ def _score(run: Run, seconds: dict[str, float]) -> dict[str, Any]:
             for name, entry in results["tasks"].items()
         },
         "evaluation": {key: value for key, value in results["settings"].items() if key != "data"},
-        "base": results["base"],
+        # A merged model is its own base: the one it was trained on counts.
+        "base": trained["base"]["fingerprint"] if made else results["base"],
         "data": {**results["settings"]["data"], **({"train": trained["data"]["sha256"]} if trained else {})},
         RECORD: {
             "seconds": {part: round(value, 1) for part, value in seconds.items()},
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "versions": results["versions"],
-            "trained_with": trained.get("versions", {}),
             "peak_memory_bytes": trained.get("peak_memory_bytes"),
             "engine": trained.get("engine"),
         },

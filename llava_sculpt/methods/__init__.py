@@ -1,10 +1,26 @@
-"""The paper's baselines, pure torch on one layer at a time.
+"""The paper's baselines, each on the tensors of one layer. Two interfaces:
 
-Penalties, added to the loss while training (``train/regularizer.py`` sums them over the layers):
-``l2`` (L2-Reg) and ``orth`` (Orth-Reg). docs/method.md has the definitions.
+- a penalty for the loss, differentiable in A and B (``l2``: L2-Reg, ``orth``: Orth-Reg); ``train/regularizer.py`` sums
+  it over the layers;
+- an edit of what training has left (``post_prune``, ``dare``, ``model_tailor``); ``model/edit.py`` and
+  ``model/tailor.py`` apply it to a trained adapter.
+
+docs/method.md has the definitions.
 """
 
+from llava_sculpt.methods.dare import DROP, dropped_delta
 from llava_sculpt.methods.l2 import l2_penalty
+from llava_sculpt.methods.model_tailor import InputHessian, Tailored, tailor
 from llava_sculpt.methods.orth import orth_penalty
+from llava_sculpt.methods.post_prune import post_pruned
 
-__all__ = ["l2_penalty", "orth_penalty"]
+__all__ = [
+    "DROP",
+    "InputHessian",
+    "Tailored",
+    "dropped_delta",
+    "l2_penalty",
+    "orth_penalty",
+    "post_pruned",
+    "tailor",
+]

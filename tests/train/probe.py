@@ -46,6 +46,8 @@ class Probe(TrainerCallback):
         self.images = 0
 
     def off_mask(self, optimizer: Any) -> float:
+        if not isinstance(self.trainer, entry.LLaVASculptTrainer):
+            return 0.0  # a method without masks
         masking, largest = self.trainer.masking, 0.0
         working = gather_working_copies(masking.parameters.items())
         for key, mask in masking.masks.items():
