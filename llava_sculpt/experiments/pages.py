@@ -175,7 +175,7 @@ _VERDICT_CLASSES = {APPEARS: "yes", CONTRARY: "no", NOT_SHOWN: "open", MISSING: 
 
 def _html_claim(claim: Claim) -> str:
     return (
-        f"<tr><td>{escape(claim.finding)}</td><td>{escape(task_name(claim))}</td>"
+        f'<tr><td>{escape(claim.finding)}</td><td class="task">{escape(task_name(claim))}</td>'
         f'<td><span class="verdict {_VERDICT_CLASSES[claim.verdict]}">{escape(claim.verdict)}</span></td>'
         f'<td class="evidence">{escape(claim.evidence)}</td></tr>'
     )

@@ -18,6 +18,9 @@ from tests.experiments.conftest import kill, make_study, results_of, start, wait
 ENTRIES: list[dict[str, object]] = [
     {"method": "zero_shot"},
     {"method": ["lora", "sculpt"], "task": "iconqa"},
+    {"method": "dare", "task": "iconqa", "drop": 0.5},
+    {"method": "model_tailor", "task": "iconqa", "keep": 0.2, "samples": 6},
+    {"method": "post_prune", "task": "iconqa", "density": 0.3},
 ]
 
 
@@ -32,7 +35,7 @@ def undisturbed(
     process = start(study, "mini")
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
-    assert "3 jobs done" in output and "LoRASculpt" in output
+    assert "6 jobs done" in output and "LoRASculpt" in output
     return results_of(study), time.monotonic() - started
 
 
@@ -55,7 +58,13 @@ def check_kills(study: Path, undisturbed: tuple[dict[str, str], float], kills: i
 def test_results_are_whole(undisturbed: tuple[dict[str, str], float]) -> None:
     results = {name: json.loads(text) for name, text in undisturbed[0].items()}
     by_method = {content["run"]["method"]: content for content in results.values()}
-    assert set(by_method) == {"zero_shot", "lora", "sculpt"}
+    assert set(by_method) == {"zero_shot", "lora", "sculpt", "dare", "model_tailor", "post_prune"}
+    lora = by_method["lora"]
+    for method in ("dare", "model_tailor", "post_prune"):
+        assert by_method[method]["config"] == lora["config"] and by_method[method]["run"]["parent"]
+        assert by_method[method]["run"]["edit"]
+        assert (by_method[method]["base"], by_method[method]["data"]) == (lora["base"], lora["data"])
+    assert by_method["post_prune"]["densities"]["total"][0] == pytest.approx(0.3, abs=0.02)
     assert set(by_method["zero_shot"]["scores"]) == {"iconqa", "coco"}
     sculpt = by_method["sculpt"]
     assert set(sculpt["scores"]) == {"iconqa"} and set(sculpt["tasks"]) == {
