@@ -350,16 +350,39 @@ def _edit(options: argparse.Namespace) -> int:
     return 0
 
 
-def _add_sweep(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("grid", type=Path, help="YAML file: task, split, runs (configs/grids/)")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with one thread (default 2)")
-    parser.add_argument("--out", type=Path, help="JSON file for the summary; a figure goes beside it")
+def _add_experiment(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("grids", nargs="+", metavar="GRID", help="name in configs/grids/ (table1, fig4, ...) or file")
+    parser.add_argument("--scale", choices=["paper", "tiny"], required=True)
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each setting, one seed each (default 1)")
+    parser.add_argument("--jobs", type=int, help="runs at a time, one thread each (default: CPU cores; paper: 1)")
+    parser.add_argument("--split", choices=["val", "test"], help="what to score on (default: the grid's, or test)")
+    parser.add_argument("--dry_run", action="store_true", help="list what would be done, and how long it would take")
+    parser.add_argument("--redo", action="store_true", help="forget earlier results and adapters of these runs first")
 
 
-def _sweep(options: argparse.Namespace) -> int:
-    from llava_sculpt.experiments.sweep import sweep
+def _experiment(options: argparse.Namespace) -> int:
+    from llava_sculpt.experiments.runner import experiment
 
-    return sweep(options.grid, options.jobs, options.out)
+    return experiment(
+        options.grids,
+        options.scale,
+        seeds=options.seeds,
+        jobs=options.jobs,
+        split=options.split,
+        dry_run=options.dry_run,
+        redo=options.redo,
+    )
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--scale", choices=["paper", "tiny"], required=True)
+    parser.add_argument("--out", type=Path, required=True, help="folder for report.html, report.md and the figures")
+
+
+def _report(options: argparse.Namespace) -> int:
+    from llava_sculpt.experiments.report import report
+
+    return report(options.scale, options.out)
 
 
 _Command = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]
@@ -374,7 +397,8 @@ _COMMANDS: dict[str, _Command] = {
     "edit": ("post-pruning, DARE, Model Tailor on a trained adapter", _add_edit, _edit),
     "check-data": ("validate training data; show what is trained on", _add_check_data, _check_data),
     "score": ("a prediction file -> the official score", _add_score, _score),
-    "sweep": ("many runs of the tiny scale from one grid file", _add_sweep, _sweep),
+    "experiment": ("the runs of the paper's tables and figures, from grids", _add_experiment, _experiment),
+    "report": ("tables, figures and findings of the experiments", _add_report, _report),
     "inspect": ("densities of an adapter beside Theorem 3.1", _add_inspect, _inspect),
 }
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import yaml
 
+from llava_sculpt.benchmarks import TARGETS
 from llava_sculpt.config import parse_config
 from llava_sculpt.errors import UserError
-from llava_sculpt.experiments.sweep import read_grid
+from llava_sculpt.experiments.grid import SCALES, method_values, read_grid, read_mapping
 
 # A configuration is checked with these in place of what is generated or downloaded later.
 _PRESENT = ["--model_name_or_path", ".", "--data_path", "pyproject.toml", "--image_folder", ".", "--output_dir", "x"]
@@ -23,7 +24,11 @@ def problems_of(path: Path) -> list[str]:
         if path.suffix in (".yaml", ".yml"):
             yaml.safe_load(path.read_text())
             if path.parts[:2] == ("configs", "grids"):
-                read_grid(path)
+                for scale in (scale for scale in SCALES if scale in read_mapping(path)):
+                    read_grid(str(path), scale)
+            elif path.parts[:2] == ("configs", "values"):
+                for task in TARGETS:
+                    method_values(path.stem, task)
             elif path.parts[0] == "configs":
                 # bf16 is refused where there is no hardware for it; deepspeed where it is not installed.
                 parse_config(

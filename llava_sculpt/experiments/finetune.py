@@ -21,9 +21,10 @@ from llava_sculpt.evaluation.figure import plot_source_target
 from llava_sculpt.evaluation.run import evaluate, load_tasks
 from llava_sculpt.evaluation.table import format_table
 from llava_sculpt.experiments.card import write_card
+from llava_sculpt.experiments.grid import config_file
 from llava_sculpt.experiments.tiny_data import prepare_tiny_world
 from llava_sculpt.model.adapter import read_run
-from llava_sculpt.model.checkpoint import BaseCheckpoint, find_base_checkpoint
+from llava_sculpt.model.checkpoint import find_base_checkpoint
 from llava_sculpt.model.load import load_for_inference
 from llava_sculpt.records import write_json
 from llava_sculpt.train.train import main as train_main
@@ -76,7 +77,8 @@ def finetune(
     if chosen == "tiny":
         prepare_tiny_world(DATA["tiny"])
     load_tasks([task, *SOURCES], DATA[chosen], "test")  # before hours of training, not after
-    code = _train(task, chosen, method, rank, seed, folder, train_flags)
+    flags = ["--method", method, "--lora_r", str(rank), "--seed", str(seed), *train_flags]
+    code = launch_training(task, chosen, config_file(chosen, task, method), folder, flags)
     if code != 0:
         return code
     zero_shot = _zero_shot(task, chosen)
@@ -95,17 +97,23 @@ def _banner(task: str, scale: str, method: str, rank: int, seed: int, folder: Pa
     return "\n".join([*lines, "=" * 100])
 
 
-def _train(task: str, scale: str, method: str, rank: int, seed: int, folder: Path, train_flags: list[str]) -> int:
-    # The baselines are plain LoRA's file and --method.
-    recipe = "sculpt" if method == "sculpt" else "lora"
-    config = Path("configs") / ("tiny" if scale == "tiny" else "") / f"{task}_{recipe}.yaml"
-    flags = ["--config", str(config), "--method", method, "--lora_r", str(rank), "--seed", str(seed)]
-    flags += ["--output_dir", str(folder)]
-    prepared = DATA[scale] / task
-    images = json.loads((prepared / "manifest.json").read_text(encoding="utf-8"))["image_folder"]
-    flags += ["--data_path", str(prepared / "train.json"), "--image_folder", str((prepared / images).resolve())]
+def launch_training(task: str, scale: str, config: Path, folder: Path, flags: list[str]) -> int:
+    """Train in `folder`: in this process at scale tiny, by `deepspeed` over all visible GPUs at scale paper.
+
+    Args:
+        flags: what training is told beside its YAML, the data and the folder; they win.
+
+    Returns:
+        The exit code of training.
+
+    Raises:
+        UserError: a number of GPUs that the global batch cannot be split over.
+    """
+    data_path, image_folder = training_data(task, scale)
+    told = ["--config", str(config), "--output_dir", str(folder)]
+    told += ["--data_path", str(data_path), "--image_folder", str(image_folder)]
     if scale == "tiny":
-        return train_main([*flags, *train_flags])
+        return train_main([*told, *flags])
     gpus = torch.cuda.device_count()
     # Global batch 16 on any number of GPUs: 4 x 4 x 1, 2 x 4 x 2, 1 x 4 x 4; with more than 4 fewer per GPU.
     per_device = min(PER_DEVICE_BATCH, GLOBAL_BATCH // gpus) if GLOBAL_BATCH % gpus == 0 else 0
@@ -114,12 +122,19 @@ def _train(task: str, scale: str, method: str, rank: int, seed: int, folder: Pat
             f"{gpus} GPUs do not divide the global batch of {GLOBAL_BATCH}: "
             "let CUDA_VISIBLE_DEVICES name 1, 2, 4, 8 or 16"
         )
-    flags += ["--per_device_train_batch_size", str(per_device)]
-    flags += ["--gradient_accumulation_steps", str(GLOBAL_BATCH // (gpus * per_device))]
+    told += ["--per_device_train_batch_size", str(per_device)]
+    told += ["--gradient_accumulation_steps", str(GLOBAL_BATCH // (gpus * per_device))]
     entry = Path(__file__).parents[1] / "train" / "train.py"
-    command = ["deepspeed", "--num_gpus", str(gpus), str(entry), *flags, *train_flags]
+    command = ["deepspeed", "--num_gpus", str(gpus), str(entry), *told, *flags]
     print("+", " ".join(command), flush=True)
     return subprocess.run(command, check=False).returncode
+
+
+def training_data(task: str, scale: str) -> tuple[Path, Path]:
+    """The training JSON of a Target task, and the folder its images are in."""
+    prepared = DATA[scale] / task
+    images = json.loads((prepared / "manifest.json").read_text(encoding="utf-8"))["image_folder"]
+    return prepared / "train.json", (prepared / images).resolve()
 
 
 def _zero_shot(task: str, scale: str) -> dict[str, Any]:
@@ -131,37 +146,36 @@ def _zero_shot(task: str, scale: str) -> dict[str, Any]:
         data = {t.name: t.fingerprint for t in load_tasks([task, *SOURCES], DATA[scale], "test")}
         if known["settings"]["data"] == data and known["base"] == checkpoint.fingerprint():
             return known
-    return _evaluate(MODEL[scale], file.parent, task, scale, checkpoint, "Zero-shot")
+    return evaluate_model(MODEL[scale], file.parent, [task, *SOURCES], scale, "Zero-shot")
 
 
-def evaluate_run(folder: Path, task: str, scale: str, split: str = "test") -> dict[str, Any]:
+def evaluate_run(folder: Path, task: str, scale: str) -> dict[str, Any]:
     """Evaluate a finished run on its Target and the four Source tasks; writes its results.json."""
-    checkpoint = find_base_checkpoint(read_run(folder)["base"]["path"])
     run = read_run(folder)["config"]
     label = f"{METHOD_NAMES[run['method']]} r={run['lora_r']} seed {run['seed']}"
-    return _evaluate(str(folder), folder, task, scale, checkpoint, label, split)
+    return evaluate_model(str(folder), folder, [task, *SOURCES], scale, label)
 
 
-def _evaluate(
-    model: str, folder: Path, task: str, scale: str, checkpoint: BaseCheckpoint, label: str, split: str = "test"
+def evaluate_model(
+    model: str, folder: Path, tasks: list[str], scale: str, label: str, split: str = "test"
 ) -> dict[str, Any]:
+    """Evaluate a base model or an adapter with the scale's data and batch; writes results.json into `folder`."""
     print(f"evaluating {label} ({model}) on {split}", flush=True)
     loaded = load_for_inference(model)
     results = evaluate(
         loaded.model,
         loaded.tokenizer,
         loaded.preprocessor,
-        [task, *SOURCES],
+        tasks,
         DATA[scale],
         split,
         EVAL_BATCH[scale],
         folder,
         model_fingerprint=loaded.fingerprint(),
-        target=task,
         model_id=label,
         progress=sys.stderr.isatty(),
     )
-    results["base"] = checkpoint.fingerprint()
+    results["base"] = loaded.checkpoint.fingerprint()
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "results.json", results)
     return results

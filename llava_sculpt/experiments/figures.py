@@ -1,0 +1,301 @@
+"""The paper's figures from our results, and three of our own: the Source-Target frontier, loss and CMR over training.
+
+Every function draws into a new matplotlib figure, or returns None if there is nothing to draw. A line goes through the
+means over seeds; its band or bar is the 95 % interval.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from llava_sculpt.evaluation.figure import COLOURS, MARKERS
+from llava_sculpt.experiments.grid import LABELS, ZERO_SHOT
+from llava_sculpt.experiments.results import mean_and_interval
+from llava_sculpt.experiments.summary import Row
+from llava_sculpt.experiments.tables import TASK_NAMES
+from llava_sculpt.records import write_atomically
+
+# One look for each method in all figures.
+_STYLE = {
+    method: (COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)])
+    for index, method in enumerate(("sculpt", "lora", "model_tailor", "dora", "dare", "l2", "orth"))
+}
+_SOURCE, _TARGET = COLOURS[0], COLOURS[1]
+_GREY = "#777777"
+_STYLES: dict[Any, Any] = {
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "llava_sculpt",  # the same figure, the same bytes
+    "font.family": "sans-serif",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10.5,
+    "axes.labelsize": 10,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+}
+
+Points = list[tuple[float, float, float]]  # x, mean, half width of the interval
+
+
+def draw(make: Callable[[], Figure | None]) -> Figure | None:
+    """Draw with this module's look, whatever matplotlib is set to elsewhere."""
+    with matplotlib.rc_context(_STYLES):
+        return make()
+
+
+def to_svg(figure: Figure, name: str) -> str:
+    """The figure as an SVG element for a page: no XML head, as wide as there is room, its ids made its own."""
+    stream = io.StringIO()
+    with matplotlib.rc_context(_STYLES):
+        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+    svg = stream.getvalue()
+    head, body = re.fullmatch(r".*?<svg([^>]*)>(.*)", svg, re.DOTALL).groups()  # type: ignore[union-attr]
+    head = re.sub(r' (width|height)="[^"]*"', "", head)
+    # Every figure calls its parts axes_1, line2d_3 and so on, and a page may have each id once.
+    body = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{name}-", body)
+    return f'<svg{head} role="img">{body}'
+
+
+def save(figure: Figure, folder: Path, name: str) -> None:
+    """Write NAME.png and NAME.svg."""
+    with matplotlib.rc_context(_STYLES):
+        for kind, options in (("png", {"dpi": 150}), ("svg", {"metadata": {"Date": None, "Creator": None}})):
+            stream = io.BytesIO()
+            figure.savefig(stream, format=kind, **options)
+            write_atomically(folder / f"{name}.{kind}", stream.getvalue())
+
+
+def post_pruning(rows: Sequence[Row]) -> Figure | None:
+    """Figure 1: Source and Target of a trained LoRA against the density that pruning leaves."""
+    pruned = {row.run.setting("density"): row for row in rows if row.run.method == "post_prune"}
+    lora = [row for row in rows if row.run.method == "lora"]
+    if not any(row.results for row in pruned.values()):
+        return None
+    figure, (source, target) = _panels(2, (9, 3.8))
+    for axes, score, colour in ((source, "source", _SOURCE), (target, "target", _TARGET)):
+        by_density = dict(pruned)
+        if lora:
+            by_density[1.0] = lora[0]
+        _line(axes, _points(by_density, score), "pruned LoRA (100 %: LoRA)", colour, "o")
+        _reference(axes, rows, score)
+        axes.set_xscale("log")
+        _ticks(axes, sorted(by_density), [f"{100 * value:g} %" for value in sorted(by_density)])
+        axes.set_xlabel("density of lora_A and lora_B after pruning")
+        axes.set_ylabel("Source (kept)" if score == "source" else f"{TASK_NAMES[rows[0].task]} (learned)")
+        axes.legend(loc="best")
+    return figure
+
+
+def epochs(rows: Sequence[Row]) -> Figure | None:
+    """Figure 3: Target and Source against the number of epochs."""
+    trained = [row for row in rows if row.run.seed is not None]
+    if not any(row.results for row in trained):
+        return None
+    figure, (target, source) = _panels(2, (9, 3.8))
+    for axes, score in ((target, "target"), (source, "source")):
+        for method in dict.fromkeys(row.run.method for row in trained):
+            by_epochs = {row.run.setting("num_train_epochs"): row for row in trained if row.run.method == method}
+            _line(axes, _points(by_epochs, score), LABELS[method], *_STYLE[method])
+        _reference(axes, rows, score)
+        axes.set_xlabel("epochs")
+        axes.set_ylabel(f"{TASK_NAMES[rows[0].task]} (learned)" if score == "target" else "Source (kept)")
+        _ticks(axes, sorted({row.run.setting("num_train_epochs") for row in trained}))
+        axes.legend(loc="best")
+    return figure
+
+
+def hyper_parameters(rows: Sequence[Row]) -> Figure | None:
+    """Figure 4: Source and Target against omega, alpha and s; the dashed lines are plain LoRA."""
+    names = {"sculpt_omega": "ω", "sculpt_alpha": "α", "sculpt_density": "density s"}
+    sculpt = [row for row in rows if row.run.method == "sculpt"]
+    if not any(row.results for row in sculpt):
+        return None
+    usual = {name: _most_frequent([row.run.setting(name) for row in sculpt]) for name in names}
+    figure, panels = _panels(3, (11, 3.8))
+    lora = next((row for row in rows if row.run.method == "lora"), None)
+    for axes, (name, label) in zip(panels, names.items(), strict=True):
+        others = [other for other in names if other != name]
+        varied = {row.run.setting(name): row for row in sculpt if all(row.run.setting(o) == usual[o] for o in others)}
+        for score, title, colour, marker in (("source", "Source", _SOURCE, "o"), ("target", "Target", _TARGET, "s")):
+            _line(axes, _points(varied, score), title, colour, marker)
+            if lora is not None and (value := lora.mean(score)) is not None:
+                axes.axhline(value[0], color=colour, linestyle="--", linewidth=1, alpha=0.7, label=f"{title}, LoRA")
+        axes.set_xscale("log")
+        shown = [f"{100 * value:g} %" if name == "sculpt_density" else f"{value:g}" for value in sorted(varied)]
+        _ticks(axes, sorted(varied), shown)
+        axes.set_xlabel(label)
+    panels[0].set_ylabel(f"score ({TASK_NAMES[rows[0].task]})")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    return figure
+
+
+def layer_densities(rows: Sequence[Row]) -> Figure | None:
+    """Figure 5: density of BA for each layer and kind of module, mean over seeds, with the line of Theorem 3.1."""
+    shown = [row for row in rows if any("densities" in result for result in row.results.values())]
+    if not shown:
+        return None
+    figure, panels = _panels(len(shown), (4.6 * len(shown) + 1, 4.4), sharey=True)
+    for axes, row in zip(panels, shown, strict=True):
+        found = [result["densities"] for result in row.results.values() if "densities" in result]
+        by_kind: dict[str, dict[int, float]] = {}
+        for name in found[0]["modules"]:
+            match = re.search(r"layers\.(\d+)\.(?:.*\.)?(\w+)$", name)
+            if match:
+                values = [densities["modules"][name][2] for densities in found]
+                by_kind.setdefault(match[2], {})[int(match[1])] = 100 * fmean(values)
+        for index, (kind, layers) in enumerate(by_kind.items()):
+            axes.plot(
+                list(layers),
+                list(layers.values()),
+                marker=MARKERS[index % len(MARKERS)],
+                color=COLOURS[index % len(COLOURS)],
+                markersize=5,
+                linewidth=1.2,
+                label=kind,
+            )
+        bound = 100 * fmean(densities["total"][3] for densities in found)
+        axes.axhline(bound, color=_GREY, linestyle="--", linewidth=1.2, label=f"Theorem 3.1: {bound:.1f} %")
+        axes.set_title(f"{TASK_NAMES[row.task]}, rank {row.run.setting('lora_r')}")
+        axes.set_xlabel("layer of the LLM")
+        _ticks(axes, sorted({layer for layers in by_kind.values() for layer in layers}), most=16)
+        axes.set_ylim(bottom=0)
+    panels[0].set_ylabel("non-zero entries of BA (%)")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    return figure
+
+
+def frontier(rows: Sequence[Row]) -> Figure | None:
+    """Source against Target of the methods of Table 1; a line joins the ranks, a larger marker is a higher rank."""
+    tasks = [t for t in dict.fromkeys(row.task for row in rows) if any(row.task == t and row.results for row in rows)]
+    if not tasks:
+        return None
+    figure, panels = _panels(len(tasks), (4.9 * len(tasks), 4.9))
+    for axes, task in zip(panels, tasks, strict=True):
+        here = [row for row in rows if row.task == task and row.results]
+        for method in _STYLE:
+            ranked = sorted((r for r in here if r.run.method == method), key=lambda row: row.run.setting("lora_r"))
+            colour, marker = _STYLE[method]
+            centres = []
+            for row in ranked:
+                (x, x_half), (y, y_half) = row.mean("target") or (0, None), row.mean("source") or (0, None)
+                centres.append((x, y))
+                axes.errorbar(x, y, xerr=x_half, yerr=y_half, color=colour, linewidth=0.7, alpha=0.35, zorder=1)
+                size = 4 + 2.5 * ranked.index(row)
+                axes.plot(
+                    x,
+                    y,
+                    marker=marker,
+                    color=colour,
+                    markersize=size,
+                    markeredgecolor="white",
+                    linestyle="none",
+                    zorder=3,
+                )
+            if centres:
+                axes.plot(*zip(*centres, strict=True), color=colour, linewidth=1, zorder=2)
+                axes.plot([], [], color=colour, marker=marker, linewidth=1, label=LABELS[method])
+        for row in here:
+            if row.run.method == ZERO_SHOT:
+                (x, _), (y, _) = row.mean("target") or (0, None), row.mean("source") or (0, None)
+                axes.plot(x, y, marker="*", color="black", markersize=11, linestyle="none", label=LABELS[ZERO_SHOT])
+        axes.set_title(TASK_NAMES[task])
+        axes.set_xlabel("Target (learned)")
+    panels[0].set_ylabel("Source (kept)")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    return figure
+
+
+def training_curves(rows: Sequence[Row]) -> Figure | None:
+    """Task loss of LoRA and LoRASculpt over training, and CMR of LoRASculpt; one thin line per seed."""
+    shown = [r for r in rows if r.run.method in ("lora", "sculpt") and any("curve" in x for x in r.results.values())]
+    if not shown:
+        return None
+    tasks = list(dict.fromkeys(row.task for row in shown))
+    figure, panels = _panels(2, (9, 3.8))
+    for axes, quantity, label in (
+        (panels[0], "task_loss", "task loss"),
+        (panels[1], "cmr_llm", "CMR of the LLM (mean over matrices)"),
+    ):
+        for row in shown:
+            colour, _ = _STYLE[row.run.method]
+            dashed = "-" if row.task == tasks[0] else "--"
+            name = f"{LABELS[row.run.method]}, {TASK_NAMES[row.task]}"
+            for number, result in enumerate(row.results.values()):
+                curve: dict[str, Any] = result.get("curve", {})
+                if quantity in curve:
+                    label_once = name if number == 0 else None
+                    axes.plot(
+                        curve["step"], curve[quantity], color=colour, linestyle=dashed, linewidth=1, label=label_once
+                    )
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel(label)
+        axes.set_yscale("log")
+        if axes.has_data():
+            axes.legend(loc="best")
+    return figure
+
+
+def _panels(number: int, size: tuple[float, float], *, sharey: bool = False) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, number, sharey=sharey, squeeze=False)
+    return figure, list(axes[0])
+
+
+def _points(rows: dict[Any, Row], score: str) -> Points:
+    found = []
+    for x, row in sorted(rows.items()):
+        values = list(row.values(score).values())
+        if values:
+            mean, half = mean_and_interval(values)
+            found.append((float(x), mean, half or 0.0))
+    return found
+
+
+def _line(axes: Axes, points: Points, label: str, colour: str, marker: str) -> None:
+    if not points:
+        return
+    x, mean, half = (list(column) for column in zip(*points, strict=True))
+    axes.plot(x, mean, marker=marker, color=colour, markersize=6, markeredgecolor="white", label=label)
+    lower = [m - h for m, h in zip(mean, half, strict=True)]
+    upper = [m + h for m, h in zip(mean, half, strict=True)]
+    axes.fill_between(x, lower, upper, color=colour, alpha=0.15, linewidth=0)
+
+
+def _reference(axes: Axes, rows: Sequence[Row], score: str) -> None:
+    """Zero-shot as a dotted line."""
+    row = next((row for row in rows if row.run.method == ZERO_SHOT), None)
+    value = row.mean(score) if row is not None else None
+    if value is not None:
+        axes.axhline(value[0], color=_GREY, linestyle=":", linewidth=1.2, label=LABELS[ZERO_SHOT])
+
+
+def _ticks(axes: Axes, values: Sequence[float], labels: Sequence[str] | None = None, most: int = 10) -> None:
+    """Ticks at the values, in rising order, as far as their labels have room."""
+    named = list(zip(values, labels or [f"{value:g}" for value in values], strict=True))
+    if axes.get_xscale() == "log":
+        kept = named[:1]
+        for value, label in named[1:]:
+            if value > 1.8 * kept[-1][0]:
+                kept.append((value, label))
+        named = kept
+    named = named[:: -(-len(named) // most)]
+    axes.set_xticks([value for value, _ in named], [label for _, label in named])
+    axes.minorticks_off()
+
+
+def _most_frequent(values: Sequence[Any]) -> Any:
+    return max(values, key=list(values).count)

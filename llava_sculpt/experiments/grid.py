@@ -1,0 +1,341 @@
+"""What is to be run: grid files, the values each method runs with, and an identity for every run.
+
+A grid file (configs/grids/) has `title`, and under `paper`, `tiny` or both a list of entries. `split` (default test)
+and `seed` (the first one, default 1) say what else is not as usual. An entry is a mapping from
+`method`, `task` and further fields to a value or a list of values, and stands for all combinations:
+
+    - {method: [lora, dare], task: [iconqa, coco], lora_r: [16, 32, 64]}
+
+A run's settings are its method's YAML in configs/ (LoRASculpt's own, plain LoRA's for everything else), then what
+configs/values/SCALE.yaml says of the method on that task, then what the grid says.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import itertools
+import json
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llava_sculpt.benchmarks import SOURCES, TARGETS
+from llava_sculpt.errors import UserError
+
+SCALES = ("paper", "tiny")
+SPLITS = ("val", "test")
+ZERO_SHOT = "zero_shot"
+ANY_TASK = "all"  # of the zero-shot run, which serves both Targets
+LABELS = {
+    ZERO_SHOT: "Zero-shot",
+    "lora": "LoRA",
+    "dora": "DoRA",
+    "l2": "L2-Reg",
+    "orth": "Orth-Reg",
+    "model_tailor": "Model Tailor",
+    "dare": "DARE",
+    "post_prune": "Post-pruning",
+    "sculpt": "LoRASculpt",
+}
+TRAINED = ("lora", "dora", "l2", "orth", "sculpt")
+# Edits of a trained LoRA, and the fields each has beside those of that LoRA.
+EDITS = {"model_tailor": ("keep", "samples"), "dare": ("drop",), "post_prune": ("density",)}
+GRIDS = Path("configs/grids")
+VALUES = Path("configs/values")
+
+# Where a run is written, what it starts from (recorded with the result as hashes) and how it is split over devices.
+_NOT_IDENTITY = frozenset(
+    """
+    output_dir save_steps save_total_limit logging_steps report_to model_name_or_path data_path image_folder deepspeed
+    dataloader_num_workers activation_checkpointing per_device_train_batch_size gradient_accumulation_steps
+    """.split()
+)
+_PAPER_BATCH = 16  # on any number of GPUs
+
+Settings = tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One result to have: a method trained (or LoRA trained and edited) on a task with one seed, scored on a split.
+
+    Args:
+        settings: everything training is told, seed apart; () for zero-shot.
+        edit: fields of the edit; () for a run that is only trained.
+        seed: None for zero-shot.
+    """
+
+    scale: str
+    task: str
+    method: str
+    split: str
+    seed: int | None
+    settings: Settings = ()
+    edit: Settings = ()
+
+    @property
+    def trained_method(self) -> str:
+        """The method that training runs with: LoRA for an edit."""
+        return "lora" if self.method in EDITS else self.method
+
+    @property
+    def parent(self) -> Run | None:
+        """The LoRA run whose adapter this run edits."""
+        return replace(self, method="lora", edit=()) if self.method in EDITS else None
+
+    @property
+    def tasks(self) -> list[str]:
+        """What the run is scored on."""
+        return [*TARGETS, *SOURCES] if self.task == ANY_TASK else [self.task, *SOURCES]
+
+    @property
+    def targets(self) -> list[str]:
+        return list(TARGETS) if self.task == ANY_TASK else [self.task]
+
+    def setting(self, name: str) -> Any:
+        """Value of a field of training or edit, None where the method has none such."""
+        return dict((*self.settings, *self.edit)).get(name)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that decides the result. Fields without effect are left out, so that equal runs are found equal."""
+        return {**self.trained_identity, "method": self.method, "edit": dict(self.edit), "split": self.split}
+
+    @property
+    def trained_identity(self) -> dict[str, Any]:
+        """All that decides the adapter before any edit and scoring."""
+        return {
+            "scale": self.scale,
+            "task": self.task,
+            "method": self.trained_method,
+            "seed": self.seed,
+            "settings": _effective(self.scale, self.trained_method, dict(self.settings)),
+        }
+
+    @property
+    def name(self) -> str:
+        """Name of the result file: for a person, made unique by a hash of the identity."""
+        split = [] if self.split == "test" else [self.split]
+        return "_".join([*self._words, *split, _hash(self.identity)])
+
+    @property
+    def adapter_name(self) -> str:
+        """Name of the adapter's folder, the same for all splits."""
+        return "_".join([*self._words, _hash({**self.trained_identity, "edit": [self.method, *self.edit]})])
+
+    @property
+    def _words(self) -> list[str]:
+        if self.seed is None:
+            return [self.method]
+        return [self.task, self.method, f"r{self.setting('lora_r')}", f"seed{self.seed}"]
+
+    @property
+    def config_file(self) -> Path:
+        """The YAML that training starts from."""
+        return config_file(self.scale, self.task, self.trained_method)
+
+    def train_flags(self) -> list[str]:
+        """What training is told beside its YAML."""
+        told = read_mapping(self.config_file)
+        flags = ["--method", self.trained_method, "--seed", str(self.seed)]
+        for key, value in self.settings:
+            if told.get(key) != value:
+                flags += [f"--{key}", str(value)]
+        return flags
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The runs of one grid file at one scale, without repetition. `name` is the file's."""
+
+    name: str
+    title: str
+    runs: list[Run]
+
+
+def read_grid(name_or_file: str, scale: str, split: str | None = None, seeds: int = 1) -> Grid:
+    """Read configs/grids/NAME.yaml, or the file given by its path.
+
+    Args:
+        split: val or test; by default the file's `split`, or test.
+        seeds: how many, from the file's `seed` on (default 1).
+
+    Raises:
+        UserError: everything that is wrong with the file.
+    """
+    file = Path(name_or_file) if name_or_file.endswith(".yaml") else GRIDS / f"{name_or_file}.yaml"
+    if not file.is_file():
+        near = difflib.get_close_matches(file.stem, [known.stem for known in GRIDS.glob("*.yaml")], n=1)
+        raise UserError(f"{file}: no such grid" + (f"; did you mean {near[0]}?" if near else ""))
+    content = read_mapping(file)
+    problems = [f"{file}: unknown key {key}" for key in content if key not in ("title", "seed", "split", *SCALES)]
+    problems += [f"{file}: needs the key {key}" for key in ("title", scale) if key not in content]
+    split = split or content.get("split", "test")
+    if split not in SPLITS:
+        problems.append(f"{file}: split: {split!r} is neither val nor test")
+    first = content.get("seed", 1)
+    if not _is_whole(first):
+        problems.append(f"{file}: seed: {first!r} is not a whole number")
+    entries = content.get(scale) or []
+    if not isinstance(entries, list):
+        problems.append(f"{file}: {scale}: must be a list of entries")
+        entries = []
+    runs: dict[str, Run] = {}
+    for number, entry in enumerate(entries, 1):
+        where = f"{file}: {scale}, entry {number}"
+        for chosen in _combinations(where, entry, problems):
+            for run in _runs_of(where, scale, str(split), chosen, problems):
+                for seed in [None] if run.seed is None else range(first, first + seeds) if _is_whole(first) else []:
+                    found = replace(run, seed=seed)
+                    runs.setdefault(found.name, found)
+    if scale in content and not entries:
+        problems.append(f"{file}: {scale}: lists no run")
+    if problems:
+        raise UserError(list(dict.fromkeys(problems)))
+    return Grid(file.stem, str(content["title"]), list(runs.values()))
+
+
+def _combinations(where: str, entry: Any, problems: list[str]) -> list[dict[str, Any]]:
+    if not isinstance(entry, dict) or "method" not in entry:
+        problems.append(f"{where}: needs `method` and what it runs with")
+        return []
+    lists = {str(key): value if isinstance(value, list) else [value] for key, value in entry.items()}
+    return [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
+
+
+def _runs_of(where: str, scale: str, split: str, chosen: dict[str, Any], problems: list[str]) -> list[Run]:
+    """The run of one combination, its seed to be replaced; [] and problems if there is none."""
+    method, task = chosen.pop("method"), chosen.pop("task", None)
+    if method not in LABELS:
+        problems.append(f"{where}: method: {method!r} is not one of {', '.join(LABELS)}")
+        return []
+    if method == ZERO_SHOT:
+        problems += [f"{where}: {key}: zero_shot has no settings" for key in chosen]
+        return [Run(scale, ANY_TASK, method, split, None)]
+    if task not in TARGETS:
+        problems.append(f"{where}: task: {task!r} is not one of {', '.join(TARGETS)}")
+        return []
+    run = Run(scale, task, method, split, 0)
+    known = {key: value for key, value in read_mapping(run.config_file).items() if key not in ("method", "seed")}
+    values = method_values(scale, task)
+    training = {**known, **values.get(run.trained_method, {})}
+    edit = {key: value for key, value in values.get(method, {}).items() if method in EDITS}
+    fields = [*known, *EDITS.get(method, ()), *(["reg_lambda"] if method in ("l2", "orth") else [])]
+    for key, value in chosen.items():
+        if key not in fields or key == "output_dir":
+            near = difflib.get_close_matches(key, fields, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            problems.append(f"{where}: {key}: not a setting of {method} ({run.config_file}){hint}")
+        elif key in known and _is_number(known[key]) and not _is_number(value):
+            problems.append(f"{where}: {key}: {value!r} is not a number")
+        elif key in EDITS.get(method, ()):
+            edit[key] = value
+        else:
+            training[key] = value
+    missing = [key for key in EDITS.get(method, ()) if key not in edit]
+    if missing:
+        problems.append(f"{where}: {method}: needs {', '.join(missing)}, here or in {VALUES / scale}.yaml")
+    return [replace(run, settings=_sorted(training), edit=_sorted(edit))]
+
+
+def config_file(scale: str, task: str, method: str) -> Path:
+    """The training YAML of a method: LoRASculpt's own, plain LoRA's for every other."""
+    recipe = "sculpt" if method == "sculpt" else "lora"
+    return Path("configs") / ("tiny" if scale == "tiny" else "") / f"{task}_{recipe}.yaml"
+
+
+def method_values(scale: str, task: str) -> dict[str, dict[str, Any]]:
+    """configs/values/SCALE.yaml, the part of a task: method -> field -> value.
+
+    Raises:
+        UserError: a task or method that may not stand there.
+    """
+    file = VALUES / f"{scale}.yaml"
+    content = read_mapping(file)
+    problems = [f"{file}: {key}: not one of {', '.join(TARGETS)}" for key in content if key not in TARGETS]
+    found = content.get(task) or {}
+    for method, values in found.items():
+        if method in ("lora", "sculpt"):
+            problems.append(f"{file}: {task}: {method}: its values belong in {config_file(scale, task, method)}")
+        elif method not in LABELS:
+            problems.append(f"{file}: {task}: {method!r} is not one of {', '.join(LABELS)}")
+        elif method in EDITS:
+            extra = [key for key in values if key not in EDITS[method]]
+            problems += [f"{file}: {task}: {method}: {key}: not a field of this edit" for key in extra]
+    if problems:
+        raise UserError(problems)
+    return found
+
+
+def read_mapping(file: Path) -> dict[str, Any]:
+    """A YAML file with `key: value` at its top level.
+
+    Raises:
+        UserError: missing, not YAML, or something else.
+    """
+    try:
+        return _parse(file, file.stat().st_mtime_ns)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{file}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+
+
+@lru_cache(maxsize=256)
+def _parse(file: Path, modified: int) -> dict[str, Any]:
+    """Parsing is the slow part of planning: a grid of 100 runs asks for the same YAML hundreds of times."""
+    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: expected `key: value` at the top level")
+    return content
+
+
+def _effective(scale: str, method: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that change what is trained."""
+    if not settings:
+        return {}
+    batch = settings.get("per_device_train_batch_size", 8) * settings.get("gradient_accumulation_steps", 1)
+    without = set(_NOT_IDENTITY)
+    connector = settings.get("connector")
+    if connector != "full":
+        without.add("mm_projector_lr")
+    if method not in ("l2", "orth"):
+        without.add("reg_lambda")
+    if method != "sculpt":
+        without |= {key for key in settings if key.startswith("sculpt_")}
+    else:
+        if connector != "sculpt":
+            without.add("sculpt_beta")
+            if settings.get("sculpt_alpha") == 0:
+                without |= {"sculpt_omega", "sculpt_reduction"}
+        if settings.get("sculpt_density") == 1:
+            without.add("sculpt_warmup_steps")
+    kept = {key: value for key, value in settings.items() if key not in without | {"method", "seed"}}
+    return {**kept, "global_batch_size": batch if scale == "tiny" else _PAPER_BATCH}
+
+
+def _hash(identity: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(_plain(identity), sort_keys=True).encode()).hexdigest()[:10]
+
+
+def _plain(value: Any) -> Any:
+    """3 and 3.0 are one number."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return float(value) if _is_number(value) else value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _sorted(values: dict[str, Any]) -> Settings:
+    return tuple(sorted(values.items()))

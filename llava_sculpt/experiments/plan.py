@@ -1,0 +1,129 @@
+"""Which jobs bring about the results that are missing, in which order, and how long they will take.
+
+A job makes one adapter (by training, or by editing a trained one) and scores it. An adapter that several runs need is
+made once: LoRA's feeds DARE, Model Tailor and post-pruning. A result that is there is not made again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from llava_sculpt.experiments.grid import ZERO_SHOT, Run
+
+# Seconds assumed where nothing was measured: training of one epoch, an edit, scoring of one model. Tiny: one thread on
+# a core of a shared machine. Paper: 4 x RTX 4090, computed (docs/reproduce.md).
+_ASSUMED = {
+    "tiny": {"train": 45.0, "edit": 20.0, "evaluate": 15.0},
+    "paper": {"train": 900.0, "edit": 900.0, "evaluate": 4500.0},
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """Make one adapter and score it.
+
+    Args:
+        run: whose adapter (none is made for zero-shot).
+        scores: the results to write: the same run, once for each split asked for; () if only the adapter is needed.
+        after: name of the adapter that another job makes before, None if there is none to wait for.
+        seconds: estimated.
+    """
+
+    run: Run
+    scores: tuple[Run, ...]
+    after: str | None
+    seconds: float
+
+    @property
+    def label(self) -> str:
+        """What is being done, for a person."""
+        run = self.run
+        if run.method == ZERO_SHOT:
+            return ZERO_SHOT
+        what = "/".join(scored.split for scored in self.scores) or "adapter only"
+        return f"{run.task} {run.method} r{run.setting('lora_r')} seed {run.seed} ({what})"
+
+
+def adapter_root(scale: str) -> Path:
+    """Where the adapters of a scale are made and kept; they can always be made again."""
+    return Path("runs/experiments") / scale
+
+
+def adapter_folder(run: Run) -> Path:
+    """Folder of the run's adapter."""
+    return adapter_root(run.scale) / run.adapter_name
+
+
+def is_made(run: Run) -> bool:
+    """Whether the run's adapter is there, whole: training says when it has ended, an edit appears in one rename."""
+    folder = adapter_folder(run)
+    if run.parent is not None:
+        return folder.is_dir()
+    file = folder / "run.json"
+    return file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("status") == "finished"
+
+
+def make_plan(runs: Iterable[Run], results: Mapping[str, dict[str, Any]]) -> list[Job]:
+    """The jobs for the results that are missing, in an order that can be followed one by one.
+
+    Seed by seed, so that an interrupted plan leaves whole tables; within a seed parents before edits, and the long
+    jobs first, so that several at a time end together.
+
+    Args:
+        results: those there are, by run name.
+    """
+    scores: dict[str, list[Run]] = {}
+    makers: dict[str, Run] = {}
+    for run in {run.name: run for run in runs if run.name not in results}.values():
+        makers[run.adapter_name] = run
+        scores.setdefault(run.adapter_name, []).append(run)
+    for run in list(makers.values()):
+        if run.parent is not None and not is_made(run) and not is_made(run.parent):
+            makers.setdefault(run.parent.adapter_name, run.parent)
+    estimate = Estimate(results)
+    jobs = []
+    for name, run in makers.items():
+        after = run.parent.adapter_name if run.parent is not None else None
+        splits = scores.get(name, [])
+        jobs.append(Job(run, tuple(splits), after if after in makers else None, estimate.seconds(run, len(splits))))
+    return sorted(jobs, key=lambda job: (job.run.seed or 0, job.after is not None, -job.seconds))
+
+
+class Estimate:
+    """How long a run takes, from earlier results of the same method where there are any."""
+
+    def __init__(self, results: Mapping[str, dict[str, Any]]) -> None:
+        self._measured: dict[tuple[str, ...], list[float]] = {}
+        for content in results.values():
+            run, seconds = content["run"], content["record"].get("seconds", {})
+            for part, value in seconds.items():
+                per_unit = value / _epochs(run.get("settings", {})) if part == "train" else value
+                for key in _keys(run["scale"], part, run["task"], run["method"]):
+                    self._measured.setdefault(key, []).append(per_unit)
+
+    def seconds(self, run: Run, scores: int) -> float:
+        """For making the adapter, if it is not there, and scoring it so many times."""
+        making = 0.0
+        if run.method != ZERO_SHOT and not is_made(run):
+            making = self._part(run, "edit") if run.parent is not None else self._part(run, "train")
+        return making + scores * self._part(run, "evaluate")
+
+    def _part(self, run: Run, part: str) -> float:
+        keys = _keys(run.scale, part, run.task, run.method)
+        known = next((self._measured[key] for key in keys if key in self._measured), None)
+        value = median(known) if known else _ASSUMED[run.scale][part]
+        return value * _epochs(dict(run.settings)) if part == "train" else value
+
+
+def _keys(scale: str, part: str, task: str, method: str) -> list[tuple[str, ...]]:
+    """From the closest to the widest."""
+    return [(scale, part, task, method), (scale, part, method), (scale, part)]
+
+
+def _epochs(settings: Mapping[str, Any]) -> float:
+    return float(settings.get("num_train_epochs", 3))

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Table I: weight beta of the connector's regularizer (IconQA, rank 64).
+#
+#   bash scripts/tableI.sh --scale tiny|paper [--seeds N] [--jobs N] [--dry_run]
+#
+# 5 trainings, 1 of them in Table 2. For one seed, from nothing:
+#   tiny   about 7 minutes on two CPU cores; any laptop.
+#   paper  about 10 hours on 4 x 24 GB GPUs (computed, not measured: docs/reproduce.md).
+# --dry_run lists the runs with their estimated times. Interrupted or killed? Give the same command again.
+# Results: results/SCALE/runs/; `llava-sculpt report --scale SCALE --out DIR` makes tables and figures of them.
+set -euo pipefail
+# shellcheck source=scripts/env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+exec python -m llava_sculpt.cli experiment tableI "$@"
