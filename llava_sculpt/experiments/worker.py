@@ -28,7 +28,12 @@ from llava_sculpt.experiments.grid import ZERO_SHOT, Run
 from llava_sculpt.experiments.plan import Job, adapter_folder, adapter_root, is_made
 from llava_sculpt.experiments.results import RECORD, result_file, write_result
 
-PRELOAD = ["llava_sculpt.experiments.finetune", "llava_sculpt.train.train", "llava_sculpt.evaluation.run"]
+PRELOAD = [
+    "llava_sculpt.experiments.finetune",
+    "llava_sculpt.train.train",
+    "llava_sculpt.model.edit",
+    "llava_sculpt.model.tailor",
+]
 _CURVES = ("step", "loss", "task_loss", "cmr_llm", "cmr_connector", "l2_penalty", "orth_penalty")
 _CURVE_POINTS = 40
 
@@ -155,30 +160,37 @@ def _make_adapter(run: Run, seconds: dict[str, float]) -> int:
     folder, parent = adapter_folder(run), run.parent
     if parent is not None:
         started = time.monotonic()
-        code = _edit(run, adapter_folder(parent), folder)
+        _edit(run, adapter_folder(parent), folder)
         seconds["edit"] = time.monotonic() - started
-        return code
+        return 0
     return launch_training(run.task, run.scale, run.config_file, folder, run.train_flags())
 
 
-def _edit(run: Run, adapter: Path, folder: Path) -> int:
-    """Run `llava-sculpt edit` beside the folder and rename, so that a kill leaves it whole or not there."""
-    from llava_sculpt import cli
+def _edit(run: Run, adapter: Path, folder: Path) -> None:
+    """Edit beside the folder and rename, so that a kill leaves it whole or not there."""
     from llava_sculpt.experiments.finetune import training_data
+    from llava_sculpt.model.edit import dare, post_prune
+    from llava_sculpt.model.tailor import model_tailor
 
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    flags = ["--adapter", str(adapter), "--out", str(partial)]
-    flags += [word for key, value in run.edit for word in (f"--{key}", str(value))]
-    if run.method in ("dare", "model_tailor"):
-        flags += ["--seed", str(run.seed)]
-    if run.method == "model_tailor":
+    assert run.seed is not None
+    if run.method == "post_prune":
+        post_prune(adapter, partial, run.setting("density"))
+    elif run.method == "dare":
+        dare(adapter, partial, run.setting("drop"), run.seed)
+    else:
         data_path, image_folder = training_data(run.task, run.scale)
-        flags += ["--data_path", str(data_path), "--image_folder", str(image_folder)]
-    code = cli.main(["edit", run.method, *flags])
-    if code == 0:
-        os.replace(partial, folder)
-    return code
+        model_tailor(
+            adapter,
+            partial,
+            keep=run.setting("keep"),
+            data_path=str(data_path),
+            image_folder=str(image_folder),
+            samples=run.setting("samples"),
+            seed=run.seed,
+        )
+    os.replace(partial, folder)
 
 
 def _score(run: Run, seconds: dict[str, float]) -> dict[str, Any]:
