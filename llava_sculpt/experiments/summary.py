@@ -11,6 +11,8 @@ from llava_sculpt.experiments.grid import ANY_TASK, LABELS, ZERO_SHOT, Run
 from llava_sculpt.experiments.results import mean_and_interval
 
 SCORES = ("source", "target", "avg")
+# Differ between the tasks' YAMLs, and say nothing of the method.
+_BY_TASK = ("data_path", "image_folder", "output_dir")
 
 
 @dataclass
@@ -53,27 +55,16 @@ def labels_of(rows: Iterable[Row]) -> list[str]:
     differing: dict[str, list[str]] = {}
     for row in rows:
         same = [dict((*other.run.settings, *other.run.edit)) for other in rows if other.run.method == row.run.method]
-        keys = dict.fromkeys(key for settings in same for key in settings)
+        keys = dict.fromkeys(key for settings in same for key in settings if key not in _BY_TASK)
         differing[row.run.method] = [key for key in keys if len({str(settings.get(key)) for settings in same}) > 1]
     return [
-        " ".join(
-            [
-                LABELS[row.run.method],
-                *(
-                    f"{k}={row.run.setting(k):g}"
-                    if isinstance(row.run.setting(k), float)
-                    else f"{k}={row.run.setting(k)}"
-                    for k in differing[row.run.method]
-                    if k not in _BY_TASK
-                ),
-            ]
-        )
-        for row in rows
+        " ".join([LABELS[row.run.method], *(_told(row.run, key) for key in differing[row.run.method])]) for row in rows
     ]
 
 
-# Differ between the tasks' YAMLs, and say nothing of the method.
-_BY_TASK = ("data_path", "image_folder", "output_dir")
+def _told(run: Run, key: str) -> str:
+    value = run.setting(key)
+    return f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
 
 
 def choose(rows: Iterable[Row]) -> dict[tuple[str, str], list[tuple[Row, float]]]:
