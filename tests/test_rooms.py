@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "llava_sculpt"
 BELOW = {
     "sculpt": set(),
     "data": {"errors"},
-    "model": {"errors", "data", "sculpt"},
+    "model": {"errors", "records", "data", "sculpt"},
     "benchmarks": {"errors", "records"},
     "evaluation": {"errors", "records", "data", "benchmarks"},
     "train": {"errors", "records", "config", "data", "model", "sculpt"},

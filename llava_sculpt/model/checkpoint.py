@@ -13,6 +13,11 @@ from safetensors import SafetensorError, safe_open
 
 from llava_sculpt.errors import UserError
 
+# What a model folder holds beside its weights and config.json, as far as transformers, vLLM or the original read it.
+SIDE_FILES = (
+    "generation_config.json preprocessor_config.json processor_config.json chat_template.json chat_template.jinja "
+    "tokenizer.model tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json"
+).split()
 _SAMPLED_BLOCKS = 64
 _BLOCK_BYTES = 1 << 16
 
