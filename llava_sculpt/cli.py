@@ -169,6 +169,42 @@ def _inspect(options: argparse.Namespace) -> int:
     return 0
 
 
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    for kind, source in (("checkpoint", "folder or Hub id"), ("adapter", "folder of a run, or one LLaVA wrote")):
+        part = kinds.add_parser(kind, help=f"convert a{'n' * (kind == 'adapter')} {kind}", allow_abbrev=False)
+        part.add_argument("source", help=source)
+        part.add_argument("--to", choices=["hf", "original"], required=True, help="layout of the result")
+        part.add_argument("--out", type=Path, required=True, help="new folder")
+        if kind == "adapter":
+            part.add_argument("--base", help="base checkpoint, if not the one the adapter names")
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from llava_sculpt.model.convert import convert_adapter, convert_checkpoint
+
+    if options.kind == "checkpoint":
+        convert_checkpoint(options.source, options.to, options.out)
+    else:
+        convert_adapter(Path(options.source), options.to, options.out, options.base)
+    print(options.out)
+    return 0
+
+
+def _add_merge(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("adapter", type=Path, help="folder of a run or checkpoint")
+    parser.add_argument("--base", help="base checkpoint, if not the one the adapter names")
+    parser.add_argument("--out", type=Path, required=True, help="new folder for the merged model")
+    parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="default: the base's")
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from llava_sculpt.model.merge import format_merge, merge_adapter
+
+    print(format_merge(merge_adapter(options.adapter, options.out, options.base, options.dtype)))
+    return 0
+
+
 def _add_sweep(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("grid", type=Path, help="YAML file: task, split, runs (configs/grids/)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with one thread (default 2)")
@@ -188,6 +224,8 @@ _COMMANDS: dict[str, _Command] = {
     "plan": ("memory, steps and FLOPs of a training, before it", _add_plan, _plan),
     "eval": ("score a model on the prepared tasks", _add_eval, _eval),
     "prepare": ("official download -> training and question files", _add_prepare, _prepare),
+    "convert": ("checkpoints and adapters between here and the original LLaVA", _add_convert, _convert),
+    "merge": ("an adapter into its base model, weight by weight", _add_merge, _merge),
     "sweep": ("many runs of the tiny scale from one grid file", _add_sweep, _sweep),
     "inspect": ("densities of an adapter beside Theorem 3.1", _add_inspect, _inspect),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,21 @@ def save_adapter(model: PeftModel, folder: Path, state: dict[str, torch.Tensor],
         save_file(connector, str(folder / CONNECTOR_FILE), metadata={"format": "pt"})
 
 
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json of a folder.
+
+    Raises:
+        UserError: not an adapter folder, or not JSON.
+    """
+    file = folder / ADAPTER_CONFIG
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{folder}: no {ADAPTER_CONFIG}: not an adapter folder") from error
+    except ValueError as error:
+        raise UserError(f"{file}: not readable as JSON: {error}") from error
+
+
 def read_tensors(file: Path) -> dict[str, torch.Tensor]:
     """Read one safetensors file.
 
@@ -81,13 +97,7 @@ def load_adapter(model: nn.Module, folder: Path, checkpoint: BaseCheckpoint) -> 
     Raises:
         UserError: another base than the one trained on, missing or unexpected tensors, wrong shapes.
     """
-    run = read_run(folder)
-    trained_on = run.get("base", {}).get("fingerprint")
-    if trained_on is not None and trained_on != checkpoint.fingerprint():
-        raise UserError(
-            f"{folder}: was trained on another base than {checkpoint.path} "
-            f"(recorded: {run['base'].get('path')}); give the right one with --base"
-        )
+    check_base(folder, checkpoint)
     saved = read_tensors(folder / ADAPTER_FILE)
     try:
         peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
@@ -99,7 +109,32 @@ def load_adapter(model: nn.Module, folder: Path, checkpoint: BaseCheckpoint) -> 
         odd = sorted(own.keys() ^ saved.keys())
         raise UserError(f"{folder / ADAPTER_FILE}: {len(odd)} tensors do not match the model, such as {odd[0]}")
     load_connector(peft_model, folder)
+    if not (folder / CONNECTOR_FILE).exists() and not changes_anything(own):
+        raise UserError(f"{folder / ADAPTER_FILE}: changes nothing: lora_B is zero everywhere (never trained?)")
     return peft_model
+
+
+def check_base(folder: Path, checkpoint: BaseCheckpoint) -> None:
+    """Refuse another base than the one an adapter was trained on, where run.json records it.
+
+    Raises:
+        UserError: another base.
+    """
+    run = read_run(folder)
+    trained_on = run.get("base", {}).get("fingerprint")
+    if trained_on is not None and trained_on != checkpoint.fingerprint():
+        raise UserError(
+            f"{folder}: was trained on another base than {checkpoint.path} "
+            f"(recorded: {run['base'].get('path')}); give the right one with --base"
+        )
+
+
+def changes_anything(tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether any B of an adapter is not zero; if none is, BA = 0 and the model answers as its base does.
+
+    (A magnitude vector of DoRA counts as a change.)
+    """
+    return any(bool(value.any()) for key, value in tensors.items() if ".lora_B." in key or "magnitude" in key)
 
 
 def read_run(folder: Path) -> dict[str, Any]:

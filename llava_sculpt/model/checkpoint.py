@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from llava_sculpt.errors import UserError
-
-# What a model folder holds beside its weights and config.json, as far as transformers, vLLM or the original read it.
-SIDE_FILES = (
-    "generation_config.json preprocessor_config.json processor_config.json chat_template.json chat_template.jinja "
-    "tokenizer.model tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json"
-).split()
-_SAMPLED_BLOCKS = 64
-_BLOCK_BYTES = 1 << 16
+from llava_sculpt.model.from_original import converted, is_original
+from llava_sculpt.model.shards import check_shards, fingerprint, read_config, weight_files
 
 
 @dataclass(frozen=True)
 class BaseCheckpoint:
-    """A LLaVA-1.5 checkpoint in Hugging Face layout.
+    """A LLaVA-1.5 checkpoint in Hugging Face layout (an original one has been converted to it).
 
     Holds config.json, model*.safetensors, tokenizer.model and preprocessor_config.json.
 
@@ -77,71 +67,45 @@ class BaseCheckpoint:
 
         Reads the header and 64 evenly spaced blocks of each file, so that a 14 GB model takes milliseconds.
         """
-        digest = hashlib.sha256((self.path / "config.json").read_bytes())
-        for file in weight_files(self.path):
-            size = file.stat().st_size
-            digest.update(f"{file.name}:{size}".encode())
-            with file.open("rb") as stream:
-                for index in range(_SAMPLED_BLOCKS):
-                    stream.seek(max(0, size - _BLOCK_BYTES) * index // (_SAMPLED_BLOCKS - 1))
-                    digest.update(stream.read(_BLOCK_BYTES))
-        return digest.hexdigest()
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The model weight files of a checkpoint folder, sorted by name."""
-    return sorted(folder.glob("model*.safetensors"))
-
-
-def check_safetensors(file: Path) -> None:
-    """Open a safetensors file far enough to know that its header matches its size.
-
-    Raises:
-        UserError: truncated or not a safetensors file.
-    """
-    try:
-        with safe_open(str(file), framework="pt"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: truncated or damaged ({error}); copy or download it again") from error
+        return fingerprint([self.path / "config.json"], weight_files(self.path))
 
 
 def find_base_checkpoint(name_or_path: str) -> BaseCheckpoint:
     """Resolve a local folder, or a Hub id already in or fetched into the local cache, and check what is needed.
 
+    A checkpoint of the original LLaVA package is converted once, into this user's cache.
+
     Raises:
         UserError: nothing there, or every missing or damaged file of the folder.
     """
-    path = Path(name_or_path)
-    if not path.is_dir():
-        path = _from_hub(name_or_path)
+    path = find_folder(name_or_path)
+    config = read_config(path)
+    if is_original(config):
+        path = converted(path, config)
+        config = read_config(path)
     problems = []
-    config: dict[str, Any] = {}
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        problems.append(f"{path}: no config.json: not a model folder")
-    except (OSError, ValueError) as error:
-        problems.append(f"{path / 'config.json'}: not readable as JSON: {error}")
-    if config and config.get("model_type") != "llava":
+    if config.get("model_type") != "llava":
         problems.append(
-            f"{path / 'config.json'}: model_type is {config.get('model_type')!r}, expected 'llava' "
-            "(a LLaVA-1.5 checkpoint in Hugging Face layout, such as llava-hf/llava-1.5-7b-hf)"
+            f"{path / 'config.json'}: model_type is {config.get('model_type')!r}, expected a LLaVA-1.5 checkpoint, "
+            "such as llava-hf/llava-1.5-7b-hf or liuhaotian/llava-v1.5-7b"
         )
     for name in ("tokenizer.model", "preprocessor_config.json"):
         if not (path / name).is_file():
             problems.append(f"{path}: {name} is missing")
-    files = weight_files(path)
-    if not files:
-        problems.append(f"{path}: no model*.safetensors weights")
-    for file in files:
-        try:
-            check_safetensors(file)
-        except UserError as error:
-            problems += error.problems
+    problems += check_shards(path)
     if problems:
         raise UserError(problems)
     return BaseCheckpoint(path, config)
+
+
+def find_folder(name_or_path: str) -> Path:
+    """A local folder, or that of a Hub id in the local cache, fetched if need be; nothing in it is checked.
+
+    Raises:
+        UserError: neither.
+    """
+    path = Path(name_or_path)
+    return path if path.is_dir() else _from_hub(name_or_path)
 
 
 def _from_hub(name: str) -> Path:
@@ -149,9 +113,14 @@ def _from_hub(name: str) -> Path:
         raise UserError(f"model_name_or_path: no such folder: {name}")
     from huggingface_hub import snapshot_download
 
-    wanted = ["config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.model", "*.safetensors*"]
+    # The small files first: config.json says which kind of weights to ask for.
+    small = ["*.json", "*.jinja", "tokenizer.model"]
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
+        path = Path(snapshot_download(name, allow_patterns=small))
+        weights = ["*.safetensors", "pytorch_model*.bin"] if is_original(read_config(path)) else ["*.safetensors"]
+        return Path(snapshot_download(name, allow_patterns=[*small, *weights]))
+    except UserError:
+        raise
     # The hub client raises its own, requests' and OS errors: whatever it is, the model is not to be had.
     except Exception as error:
         reason = str(error).splitlines()[0]

@@ -1,34 +1,44 @@
-"""A base checkpoint rewritten weight by weight: merging an adapter, or any other change of single weights."""
+"""A base checkpoint rewritten weight by weight: any change of single weights, and merging an adapter into its base."""
 
 from __future__ import annotations
 
 import json
-import shutil
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llava_sculpt.errors import UserError
-from llava_sculpt.model.checkpoint import SIDE_FILES, BaseCheckpoint, weight_files
-from llava_sculpt.model.layout import memory_name
-from llava_sculpt.model.shards import (
-    Stored,
-    aside_of,
-    check_output_folder,
-    copy_files,
-    publish_folder,
-    stored_tensors,
-    write_index,
-    write_safetensors,
+from llava_sculpt.model.adapter import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
+    CONNECTOR_FILE,
+    changes_anything,
+    check_base,
+    read_adapter_config,
+    read_tensors,
 )
-from llava_sculpt.records import write_json
+from llava_sculpt.model.checkpoint import BaseCheckpoint, find_base_checkpoint
+from llava_sculpt.model.layout import LANGUAGE, PROJECTOR, memory_name
+from llava_sculpt.model.processor import complete_processor
+from llava_sculpt.model.shards import Stored, copy_files, stored_tensors, weight_files, write_folder
+from llava_sculpt.records import file_sha256, versions, write_json
 
+MERGE_FILE = "merge.json"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Change = Callable[[str, torch.Tensor], torch.Tensor | None]
 
 
-def rewrite_checkpoint(checkpoint: BaseCheckpoint, out: Path, change: Change, dtype: torch.dtype | None = None) -> None:
+def rewrite_checkpoint(
+    checkpoint: BaseCheckpoint,
+    out: Path,
+    change: Change,
+    dtype: torch.dtype | None = None,
+    finish: Callable[[Path], None] | None = None,
+) -> None:
     """Copy a base checkpoint to `out`, shard by shard, with some of its weights changed; one tensor in memory.
 
     Names on disk, shards and side files (config, tokenizer, processor) stay those of the base. The folder is built
@@ -39,29 +49,23 @@ def rewrite_checkpoint(checkpoint: BaseCheckpoint, out: Path, change: Change, dt
             value, on the CPU in the dtype of the base; returns the new value (same shape, any floating dtype), or
             None to keep the weight's bytes.
         dtype: cast every floating weight to this dtype (default: each keeps its own).
+        finish: called with the hidden folder before it is published, to add files or to check what was written.
 
     Raises:
         UserError: `out` is not empty, the disk is too full or fills up, or a shard of the base is damaged.
     """
-    files = {file.name: stored_tensors(file) for file in weight_files(checkpoint.path)}
-    changed = {name: [_changed(tensor, change, dtype) for tensor in tensors] for name, tensors in files.items()}
-    check_output_folder(out, sum(tensor.nbytes for tensors in changed.values() for tensor in tensors))
-    aside = aside_of(out)
-    if aside.exists():  # left by a kill
-        shutil.rmtree(aside)
-    try:
-        aside.mkdir()
-        for name, tensors in changed.items():
-            write_safetensors(aside / name, tensors)
-        write_index(aside, changed)
-        copy_files(checkpoint.path, aside, SIDE_FILES)
-        write_json(aside / "config.json", config_with_dtype(checkpoint.config, dtype))
-        publish_folder(aside, out)
-    except BaseException as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise UserError(f"{out}: could not be written: {error}; nothing was left behind") from error
-        raise
+    files = {
+        file.name: [_changed(tensor, change, dtype) for tensor in stored_tensors(file)]
+        for file in weight_files(checkpoint.path)
+    }
+
+    def end(folder: Path) -> None:
+        copy_files(checkpoint.path, folder)
+        write_json(folder / "config.json", config_with_dtype(checkpoint.config, dtype))
+        if finish is not None:
+            finish(folder)
+
+    write_folder(out, files, end)
 
 
 def _changed(tensor: Stored, change: Change, dtype: torch.dtype | None) -> Stored:
@@ -84,3 +88,212 @@ def config_with_dtype(config: dict[str, Any], dtype: torch.dtype | None) -> dict
                 if key in part:
                     part[key] = str(dtype).removeprefix("torch.")
     return copied
+
+
+@dataclass(frozen=True)
+class WeightUpdate:
+    """What an adapter does to one weight W (p, q): W + scaling BA, with DoRA m (W + scaling BA) / its row norms.
+
+    Attributes:
+        magnitude: DoRA's m (p,), None without DoRA.
+    """
+
+    lora_A: torch.Tensor
+    lora_B: torch.Tensor
+    scaling: float
+    magnitude: torch.Tensor | None = None
+
+    def delta(self) -> torch.Tensor:
+        """scaling BA (p, q), float32."""
+        return (self.lora_B.float() @ self.lora_A.float()) * self.scaling
+
+    def support(self) -> torch.Tensor:
+        """Where an entry of BA can differ from 0 (p, q), bool: the product of the patterns of B and A."""
+        if self.magnitude is not None:
+            return torch.ones(self.lora_B.shape[0], self.lora_A.shape[1], dtype=torch.bool)
+        return (self.lora_B != 0).float() @ (self.lora_A != 0).float() > 0
+
+    def apply(self, weight: torch.Tensor) -> torch.Tensor:
+        """The merged weight in float32; entries off the support keep their value and sign of zero."""
+        whole = weight.float()
+        merged = whole + self.delta()
+        if self.magnitude is not None:
+            norm = torch.linalg.vector_norm(merged, dim=1, keepdim=True)
+            return self.magnitude.float().reshape(-1, 1) / norm * merged
+        return torch.where(self.support(), merged, whole)
+
+
+def weight_updates(folder: Path) -> tuple[dict[str, WeightUpdate], dict[str, torch.Tensor]]:
+    """What an adapter folder changes.
+
+    Returns:
+        Updates by in-memory name of the weight, and the connector's trained weights, which replace the base's.
+
+    Raises:
+        UserError: not a LoRA adapter, settings that change more than these, missing or odd tensors, a no-op.
+    """
+    config = read_adapter_config(folder)
+    problems = [
+        f"{folder / ADAPTER_CONFIG}: {key} is {config[key]!r}, only {' or '.join(map(repr, known))} can be merged"
+        for key, known in (
+            ("peft_type", ("LORA",)),
+            ("bias", ("none",)),
+            ("fan_in_fan_out", (False,)),
+            ("rank_pattern", ({}, None)),
+            ("alpha_pattern", ({}, None)),
+            ("modules_to_save", (None,)),
+            ("layer_replication", (None,)),
+        )
+        if key in config and config[key] not in known
+    ]
+    tensors = read_tensors(folder / ADAPTER_FILE)
+    updates = {}
+    taken = set()
+    rank = int(config.get("r", 0))
+    for key_A in (key for key in tensors if key.endswith(".lora_A.weight")):
+        module = key_A.removesuffix(".lora_A.weight")
+        key_B, key_m = f"{module}.lora_B.weight", f"{module}.lora_magnitude_vector"
+        lora_A, lora_B = tensors[key_A], tensors.get(key_B)
+        if lora_B is None or lora_A.shape[0] != rank or lora_B.shape[1] != rank:
+            problems.append(f"{folder / ADAPTER_FILE}: {module}: no pair of A (r, q) and B (p, r) with r = {rank}")
+            continue
+        scaling = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        magnitude = tensors.get(key_m)
+        if config.get("use_dora") and magnitude is None:
+            problems.append(f"{folder / ADAPTER_FILE}: {key_m} is missing (use_dora)")
+        updates[f"{module.removeprefix('base_model.model.')}.weight"] = WeightUpdate(lora_A, lora_B, scaling, magnitude)
+        taken |= {key_A, key_B, key_m}
+    problems += [f"{folder / ADAPTER_FILE}: unexpected tensor {key}" for key in sorted(tensors.keys() - taken)]
+    connector = read_tensors(folder / CONNECTOR_FILE) if (folder / CONNECTOR_FILE).is_file() else {}
+    if not problems and not connector and not changes_anything(tensors):
+        problems.append(f"{folder / ADAPTER_FILE}: changes nothing: lora_B is zero everywhere (never trained?)")
+    if problems:
+        raise UserError(problems)
+    return updates, connector
+
+
+def merge_adapter(folder: Path, out: Path, base: str | None = None, dtype: str | None = None) -> dict[str, Any]:
+    """Write base + adapter as a model that stock transformers and vLLM load, and prove what it changed.
+
+    A weight is computed in float32 and rounded once, to the base's dtype or `dtype`. Before the folder is published
+    everything written is compared, bit by bit, with the base (cast to `dtype` if given).
+
+    Args:
+        base: base checkpoint, if not the one the adapter names.
+        dtype: bf16, fp16 or fp32.
+
+    Returns:
+        Content of merge.json: `base`, `adapter`, `versions`, and per module type under `changed` the numbers of
+        `entries`, entries on the `support` of BA, and `changed` ones; all outside the support are identical.
+
+    Raises:
+        UserError: what `weight_updates` and `rewrite_checkpoint` say, another base than the adapter's, weights or
+            shapes that the base does not have.
+    """
+    checkpoint = find_base_checkpoint(base or read_adapter_config(folder)["base_model_name_or_path"])
+    check_base(folder, checkpoint)
+    updates, connector = weight_updates(folder)
+    shapes = {
+        memory_name(tensor.name): tensor.shape
+        for file in weight_files(checkpoint.path)
+        for tensor in stored_tensors(file)
+    }
+    check_shapes(folder, checkpoint, shapes, updates, connector)
+    target = None if dtype is None else DTYPES[dtype]
+    record: dict[str, Any] = {
+        "base": {"path": base or str(checkpoint.path), "fingerprint": checkpoint.fingerprint()},
+        "adapter": {"path": str(folder), "sha256": file_sha256(folder / ADAPTER_FILE)},
+        "dtype": dtype or "as the base",
+        "versions": versions(),
+    }
+
+    def change(name: str, weight: torch.Tensor) -> torch.Tensor | None:
+        if name in connector:
+            weight = connector[name]
+        elif name not in updates:
+            return None
+        return updates[name].apply(weight) if name in updates else weight
+
+    def finish(written: Path) -> None:
+        record["changed"] = _compare(checkpoint.path, written, updates, connector)
+        write_json(written / MERGE_FILE, record)
+        complete_processor(written, checkpoint.config)
+
+    rewrite_checkpoint(checkpoint, out, change, target, finish)
+    return record
+
+
+def check_shapes(
+    folder: Path,
+    checkpoint: BaseCheckpoint,
+    shapes: dict[str, tuple[int, ...]],
+    updates: dict[str, WeightUpdate],
+    connector: dict[str, torch.Tensor],
+) -> None:
+    """Refuse an adapter whose weights a base of these shapes does not have.
+
+    Raises:
+        UserError: every weight that does not fit.
+    """
+    own: dict[str, tuple[int, ...]] = {name: (u.lora_B.shape[0], u.lora_A.shape[1]) for name, u in updates.items()}
+    own |= {name: tuple(value.shape) for name, value in connector.items()}
+    problems = [
+        f"{folder}: {name} {list(shape)} does not fit {checkpoint.path}, which has "
+        + (f"{list(shapes[name])} there" if name in shapes else "no such weight")
+        for name, shape in own.items()
+        if shapes.get(name) != shape
+    ]
+    if problems:
+        raise UserError(problems)
+
+
+def _compare(
+    base: Path, written: Path, updates: dict[str, WeightUpdate], connector: dict[str, torch.Tensor]
+) -> dict[str, dict[str, int]]:
+    counts: dict[str, dict[str, int]] = {}
+    for file in weight_files(base):
+        for before, after in zip(stored_tensors(file), stored_tensors(written / file.name), strict=True):
+            name = memory_name(before.name)
+            different = _bits(before.load().to(after.dtype)) != _bits(after.load())
+            if name in updates and name not in connector:
+                support = updates[name].support()
+            else:
+                support = torch.full_like(different, name in connector)
+            outside = int((different & ~support).count_nonzero())
+            if outside:
+                raise RuntimeError(f"{name}: {outside} entries off the support of BA are not those of the base")
+            count = counts.setdefault(module_type(name), {"entries": 0, "support": 0, "changed": 0})
+            for key, value in (
+                ("entries", different.numel()),
+                ("support", support.sum()),
+                ("changed", different.sum()),
+            ):
+                count[key] += int(value)
+    return counts
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize])
+
+
+def module_type(name: str) -> str:
+    """q_proj, ..., down_proj of the language model, connector, or the rest."""
+    if name.startswith(PROJECTOR):
+        return "connector"
+    kind = name.split(".")[-2]
+    return kind if name.startswith(LANGUAGE) and kind.endswith("_proj") else "everything else"
+
+
+def format_merge(record: dict[str, Any]) -> str:
+    """The counts of merge.json as a table."""
+    counts = dict(record["changed"])
+    rest = counts.pop("everything else")
+    counts["everything else"] = rest
+    counts["total"] = {key: sum(c[key] for c in counts.values()) for key in ("entries", "support", "changed")}
+    lines = [f"{'weights':<16}{'entries':>15}{'on support of BA':>18}{'changed':>10}{'outside':>9}"]
+    lines += [
+        f"{kind:<16}{c['entries']:>15,}{c['support'] / c['entries']:>18.2%}{c['changed'] / c['entries']:>10.2%}{0:>9}"
+        for kind, c in counts.items()
+    ]
+    lines.append("outside the support of BA every entry is, bit for bit, the base's")
+    return "\n".join(lines)

@@ -22,6 +22,7 @@ from llava_sculpt.data.conversation import IMAGE_TOKEN_INDEX, encode_record, rec
 from llava_sculpt.data.dataset import read_records
 from llava_sculpt.data.tokenizer import LlavaTokenizer
 from llava_sculpt.errors import UserError
+from llava_sculpt.model.from_original import CLIP_L_336, hf_config, is_original, known_tower
 from llava_sculpt.train.memory import Architecture, Setup, Zero, memory_parts, moments, step_flops
 
 GIB = 2**30
@@ -35,6 +36,8 @@ _OUR_BUCKETS = functools.partial(Zero, reduce_bucket=50_000_000, overlap=True)  
 _KNOWN_TEXT = {
     "llava-hf/llava-1.5-7b-hf": (4096, 32, 32, 11008),
     "llava-hf/llava-1.5-13b-hf": (5120, 40, 40, 13824),
+    "liuhaotian/llava-v1.5-7b": (4096, 32, 32, 11008),
+    "liuhaotian/llava-v1.5-13b": (5120, 40, 40, 13824),
 }
 
 
@@ -382,6 +385,8 @@ def read_checkpoint_config(name_or_path: str) -> dict[str, Any]:
             found = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"{file}: not readable as JSON: {error}") from error
+        if isinstance(found, dict) and is_original(found):
+            return hf_config(found, known_tower(file.parent, found["mm_vision_tower"]))
         if not isinstance(found, dict) or found.get("model_type") != "llava":
             raise UserError(f"{file}: not the config.json of a LLaVA-1.5 model (model_type is not 'llava')")
         return found
@@ -399,15 +404,7 @@ def read_checkpoint_config(name_or_path: str) -> dict[str, Any]:
                 "num_key_value_heads": heads,
                 "intermediate_size": intermediate,
             },
-            "vision_config": {
-                "model_type": "clip_vision_model",
-                "hidden_size": 1024,
-                "num_hidden_layers": 24,
-                "num_attention_heads": 16,
-                "intermediate_size": 4096,
-                "image_size": 336,
-                "patch_size": 14,
-            },
+            "vision_config": CLIP_L_336,
         }
     raise UserError(
         f"model_name_or_path: {name_or_path} is neither a folder with config.json nor in the Hub cache; "

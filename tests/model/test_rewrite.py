@@ -114,7 +114,7 @@ def test_a_failure_leaves_nothing(checkpoint: Path, tmp_path: Path, error: BaseE
 
 
 def test_what_a_kill_left_is_not_in_the_way(checkpoint: Path, tmp_path: Path) -> None:
-    aside = shards.aside_of(tmp_path / "out")
+    aside = tmp_path / ".out.partial"
     aside.mkdir()
     (aside / "model-00001-of-00002.safetensors").write_bytes(b"half")
     rewrite_checkpoint(find_base_checkpoint(str(checkpoint)), tmp_path / "out", lambda name, weight: None)

@@ -1,0 +1,50 @@
+"""What `AutoProcessor` (and through it vLLM and lmms-eval) needs beside the weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AddedToken, CLIPImageProcessorPil, LlamaTokenizer, LlavaProcessor
+
+from llava_sculpt.data.conversation import SYSTEM
+
+IMAGE_TOKEN = "<image>"
+PAD_TOKEN = "<pad>"
+# The v1 prompt LLaVA-1.5 was trained with: images in front of the text of their turn.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% if messages[0]['role'] != 'system' %}" + SYSTEM + "{{ ' ' }}{% endif %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ 'USER: ' }}{% endif %}"
+    "{% if message['role'] == 'assistant' %}{{ 'ASSISTANT: ' }}{% endif %}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\\n' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}"
+    "{{ '</s>' if message['role'] == 'assistant' else ' ' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+def complete_processor(folder: Path, config: dict[str, Any]) -> None:
+    """Write tokenizer and processor files for stock transformers into a model folder, unless it has them.
+
+    Made from tokenizer.model and preprocessor_config.json; `<image>` and `<pad>` get the ids of config.json.
+    """
+    if (folder / "processor_config.json").is_file() and (folder / "tokenizer.json").is_file():
+        return
+    tokenizer = LlamaTokenizer.from_pretrained(
+        folder, add_bos_token=True, padding_side="left", pad_token=None, local_files_only=True
+    )
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in (IMAGE_TOKEN, PAD_TOKEN)])
+    tokenizer.pad_token = PAD_TOKEN
+    ids = tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, PAD_TOKEN])
+    assert ids[0] == config.get("image_token_index", config.get("image_token_id")), ids
+    processor = LlavaProcessor(
+        CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True),
+        tokenizer,
+        patch_size=config["vision_config"]["patch_size"],
+        vision_feature_select_strategy=config["vision_feature_select_strategy"],
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+    processor.save_pretrained(folder)

@@ -1,0 +1,247 @@
+"""Adapters between here and the original LLaVA package: keys, targets, connector, configuration."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+
+from llava_sculpt.errors import UserError
+from llava_sculpt.model.adapter import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
+    CONNECTOR_FILE,
+    MASKS_FILE,
+    RUN_FILE,
+    read_adapter_config,
+    read_run,
+    read_tensors,
+)
+from llava_sculpt.model.checkpoint import BaseCheckpoint
+from llava_sculpt.model.layout import LANGUAGE, PROJECTOR, key_of_original, original_key
+from llava_sculpt.model.shards import stored_tensors
+from llava_sculpt.model.to_original import original_config
+from llava_sculpt.records import versions, write_json
+
+NON_LORA = "non_lora_trainables.bin"
+PICKLED_ADAPTER = "adapter_model.bin"
+_LAYER = "base_model.model.model.language_model.layers."
+
+# What LoraConfig of peft 0.10 knows, the version in the environments of LLaVA: it stops at any other key.
+_PEFT_0_10 = frozenset(
+    """
+    peft_type auto_mapping base_model_name_or_path revision task_type inference_mode r target_modules lora_alpha
+    lora_dropout fan_in_fan_out bias use_rslora modules_to_save init_lora_weights layers_to_transform layers_pattern
+    rank_pattern alpha_pattern megatron_config megatron_core loftq_config use_dora layer_replication
+    """.split()
+)
+
+
+def adapter_to_original(folder: Path, out: Path, checkpoint: BaseCheckpoint, base_name: str) -> None:
+    """Write an adapter folder that the original's `load_pretrained_model` and peft >= 0.10 read.
+
+    It holds adapter_config.json, adapter_model.safetensors, non_lora_trainables.bin (the trained connector, or
+    nothing) and the original's config.json. Values keep their bits.
+
+    Args:
+        base_name: recorded in adapter_config.json.
+
+    Raises:
+        UserError: not an adapter of this project's layout, or one whose settings peft 0.10 does not have.
+    """
+    tensors = read_tensors(folder / ADAPTER_FILE)
+    problems = [
+        f"{folder / ADAPTER_FILE}: {key} is not in the language model or the connector"
+        for key in tensors
+        if not key.startswith((f"base_model.model.{LANGUAGE}", f"base_model.model.{PROJECTOR}"))
+    ]
+    config = read_adapter_config(folder)
+    problems += _unknown_to_peft_0_10(config, folder / ADAPTER_CONFIG)
+    problems += _uneven_layers(tensors, folder / ADAPTER_FILE)
+    if problems:
+        raise UserError(problems)
+    connector = read_tensors(folder / CONNECTOR_FILE) if (folder / CONNECTOR_FILE).is_file() else {}
+    theirs = original_config(checkpoint, _tower_name(base_name, checkpoint))
+
+    def write(aside: Path) -> None:
+        kept = {key: value for key, value in config.items() if key in _PEFT_0_10}
+        alpha = kept["lora_alpha"]
+        kept["lora_alpha"] = int(alpha) if alpha == int(alpha) else alpha
+        kept |= {"base_model_name_or_path": base_name, "target_modules": _original_targets(tensors)}
+        write_json(aside / ADAPTER_CONFIG, kept)
+        _save(aside / ADAPTER_FILE, {original_key(key): value for key, value in tensors.items()})
+        torch.save({original_key(f"base_model.model.{name}"): v for name, v in connector.items()}, aside / NON_LORA)
+        write_json(aside / "config.json", theirs)
+        _keep_record(folder, aside, rename=original_key)
+
+    _publish(out, write)
+
+
+def adapter_to_hf(folder: Path, out: Path, base_name: str | None) -> None:
+    """Write an adapter folder for this project and stock peft from one that the original package has written.
+
+    Args:
+        base_name: recorded in adapter_config.json instead of the base the adapter names.
+
+    Raises:
+        UserError: not such an adapter, or it holds other trained weights than LoRA and the connector.
+    """
+    pickled = folder / PICKLED_ADAPTER
+    tensors = _read_pickle(pickled) if pickled.is_file() else read_tensors(folder / ADAPTER_FILE)
+    config = read_adapter_config(folder)
+    lora = {key_of_original(key): value for key, value in tensors.items()}
+    problems = [
+        f"{folder}: {theirs} is not in the language model or the connector"
+        for theirs, key in zip(tensors, lora, strict=True)
+        if not key.startswith((f"base_model.model.{LANGUAGE}", f"base_model.model.{PROJECTOR}"))
+    ]
+    problems += _uneven_layers(lora, folder)
+    others = _read_pickle(folder / NON_LORA) if (folder / NON_LORA).is_file() else {}
+    connector = {}
+    for theirs, value in others.items():
+        # LLaVA's own reader takes these three forms: base_model.model.X, model.X and X.
+        name = "model." + theirs.removeprefix("base_model.").removeprefix("model.").removeprefix("model.")
+        name = key_of_original(name).removeprefix("base_model.model.")
+        if not name.startswith(PROJECTOR):
+            problems.append(f"{folder / NON_LORA}: {theirs} is not of the connector; only that can be trained here")
+        connector[name] = value
+    if problems:
+        raise UserError(problems)
+
+    def write(aside: Path) -> None:
+        named = base_name or config.get("base_model_name_or_path")
+        write_json(
+            aside / ADAPTER_CONFIG, {**config, "base_model_name_or_path": named, "target_modules": _hf_targets(lora)}
+        )
+        _save(aside / ADAPTER_FILE, lora)
+        if connector:
+            _save(aside / CONNECTOR_FILE, connector)
+        _keep_record(folder, aside, rename=key_of_original)
+
+    _publish(out, write)
+
+
+def is_original_adapter(folder: Path) -> bool:
+    """Whether an adapter folder has the original package's keys.
+
+    Raises:
+        UserError: not an adapter folder.
+    """
+    read_adapter_config(folder)
+    if (folder / PICKLED_ADAPTER).is_file():
+        return True
+    keys = [tensor.name for tensor in stored_tensors(folder / ADAPTER_FILE)]
+    return not any(LANGUAGE in key or PROJECTOR in key for key in keys)
+
+
+def _read_pickle(file: Path) -> dict[str, torch.Tensor]:
+    if not zipfile.is_zipfile(file):
+        raise UserError(f"{file}: truncated, or not a file that torch.save wrote")
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    # torch.load reports what it cannot or may not unpickle through several exceptions.
+    except Exception as error:
+        raise UserError(f"{file}: damaged, or holds more than tensors ({str(error).splitlines()[0]})") from error
+    return content
+
+
+def _unknown_to_peft_0_10(config: dict[str, Any], file: Path) -> list[str]:
+    defaults = LoraConfig().to_dict()
+    return [
+        f"{file}: {key} is {value!r}, which peft 0.10 (LLaVA's) does not have"
+        for key, value in config.items()
+        if key not in _PEFT_0_10 and key in defaults and value != defaults[key] and value
+    ]
+
+
+def _suffixes(tensors: dict[str, torch.Tensor]) -> tuple[list[str], list[str]]:
+    """Adapted modules of the language model (q_proj, ...) and of the connector (linear_1, ...), in the usual order."""
+    modules = {key.partition(".lora_")[0] for key in tensors}
+    usual = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+    language = {module.rpartition(".")[2] for module in modules if LANGUAGE in module}
+    order = [name for name in usual if name in language] + sorted(language - set(usual))
+    return order, sorted(module.rpartition(".")[2] for module in modules if PROJECTOR in module)
+
+
+def _uneven_layers(tensors: dict[str, torch.Tensor], file: Path) -> list[str]:
+    """The targets are written as one pattern for all layers, so every layer must have the same ones."""
+    layers: dict[str, set[str]] = {}
+    for key in tensors:
+        if key.startswith(_LAYER):
+            number, _, rest = key.removeprefix(_LAYER).partition(".")
+            layers.setdefault(number, set()).add(rest)
+    most = max(layers.values(), key=len, default=set())
+    return [
+        f"{file}: layer {number} lacks {', '.join(sorted(most - there)[:3])}, which other layers have"
+        for number, there in sorted(layers.items())
+        if there != most
+    ]
+
+
+def _original_targets(tensors: dict[str, torch.Tensor]) -> str:
+    language, connector = _suffixes(tensors)
+    # Anchored, unlike LLaVA's own list of names: with a loaded tower those would land on CLIP as well.
+    parts = [rf"model\.layers\..*\.({'|'.join(language)})"] if language else []
+    if connector:
+        index = {"linear_1": "0", "linear_2": "2"}
+        parts.append(rf"model\.mm_projector\.({'|'.join(index[name] for name in connector)})")
+    return "|".join(f"({part})" for part in parts)
+
+
+def _hf_targets(tensors: dict[str, torch.Tensor]) -> str:
+    language, connector = _suffixes(tensors)
+    parts = [rf".*language_model.*\.({'|'.join(language)})"] if language else []
+    if connector:
+        parts.append(rf".*multi_modal_projector\.({'|'.join(connector)})")
+    return parts[0] if len(parts) == 1 else "|".join(f"({part})" for part in parts)
+
+
+def _tower_name(base_name: str, checkpoint: BaseCheckpoint) -> str:
+    config = Path(base_name) / "config.json"
+    if config.is_file():
+        named = json.loads(config.read_text(encoding="utf-8")).get("mm_vision_tower")
+        if named is not None:
+            return named
+    size = checkpoint.config.get("vision_config", {}).get("image_size")
+    if size == 336:
+        return "openai/clip-vit-large-patch14-336"
+    raise UserError(
+        f"--base {base_name}: give the base in the original's layout (convert checkpoint --to original): its "
+        "config.json says where the vision tower is, and the original reads that from the adapter"
+    )
+
+
+def _keep_record(folder: Path, aside: Path, rename: Callable[[str], str]) -> None:
+    if (folder / MASKS_FILE).is_file():
+        _save(aside / MASKS_FILE, {rename(key): mask for key, mask in read_tensors(folder / MASKS_FILE).items()})
+    run = read_run(folder)
+    if run:
+        write_json(aside / RUN_FILE, {**run, "converted": {"from": str(folder), "versions": versions()}})
+
+
+def _save(file: Path, tensors: dict[str, torch.Tensor]) -> None:
+    save_file({key: value.contiguous() for key, value in tensors.items()}, str(file), metadata={"format": "pt"})
+
+
+def _publish(out: Path, write: Callable[[Path], None]) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: exists and is not an empty folder; choose another one for the output")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    try:
+        aside.chmod(0o755)
+        write(aside)
+        aside.replace(out)
+    except BaseException as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UserError(f"{out}: could not be written: {error}") from error
+        raise
