@@ -42,7 +42,8 @@ TEXT_FIELDS = (
     "bos_token_id eos_token_id"
 ).split()
 # OpenAI's CLIP ViT-L/14 at 336 px, the tower of LLaVA-1.5: what `plan` needs to know without having it.
-CLIP_L_336 = {
+CLIP_NAME = "openai/clip-vit-large-patch14-336"
+CLIP_L_336: dict[str, Any] = {
     "model_type": "clip_vision_model",
     "hidden_size": 1024,
     "intermediate_size": 4096,

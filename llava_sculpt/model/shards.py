@@ -223,6 +223,12 @@ def write_safetensors(file: Path, tensors: Sequence[Stored], metadata: dict[str,
     aside.replace(file)
 
 
+def save_tensors(file: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """`write_safetensors` of tensors that are in memory."""
+    stored = [Stored(name, tuple(value.shape), value.dtype, lambda v=value: v) for name, value in tensors.items()]  # type: ignore[misc]
+    write_safetensors(file, stored, metadata)
+
+
 def in_shards(tensors: Sequence[Stored], limit: int = SHARD_BYTES) -> dict[str, list[Stored]]:
     """Share tensors out, in their order, over files of at most `limit` bytes (one larger tensor fills one alone)."""
     shards: list[list[Stored]] = [[]]
