@@ -205,6 +205,26 @@ def _merge(options: argparse.Namespace) -> int:
     return 0
 
 
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, help="adapter folder; for --format dense a sparse file")
+    parser.add_argument(
+        "--format",
+        choices=["sparse", "delta", "dense"],
+        required=True,
+        help="sparse: kept entries of A and B; delta: kept entries of BA; dense: a sparse file back to a folder",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="new .safetensors file (dense: new folder)")
+    parser.add_argument("--base", help="delta: base checkpoint, if not the one the adapter names")
+    parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="of the values; rounds them if shorter")
+
+
+def _export(options: argparse.Namespace) -> int:
+    from llava_sculpt.model.export import run_export
+
+    print(run_export(options.source, options.format, options.out, options.base, options.dtype))
+    return 0
+
+
 def _add_sweep(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("grid", type=Path, help="YAML file: task, split, runs (configs/grids/)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with one thread (default 2)")
@@ -226,6 +246,7 @@ _COMMANDS: dict[str, _Command] = {
     "prepare": ("official download -> training and question files", _add_prepare, _prepare),
     "convert": ("checkpoints and adapters between here and the original LLaVA", _add_convert, _convert),
     "merge": ("an adapter into its base model, weight by weight", _add_merge, _merge),
+    "export": ("a sparse adapter, or its sparse delta, as one small file", _add_export, _export),
     "sweep": ("many runs of the tiny scale from one grid file", _add_sweep, _sweep),
     "inspect": ("densities of an adapter beside Theorem 3.1", _add_inspect, _inspect),
 }

@@ -254,7 +254,7 @@ def _compare(
     for file in weight_files(base):
         for before, after in zip(stored_tensors(file), stored_tensors(written / file.name), strict=True):
             name = memory_name(before.name)
-            different = _bits(before.load().to(after.dtype)) != _bits(after.load())
+            different = bits(before.load().to(after.dtype)) != bits(after.load())
             if name in updates and name not in connector:
                 support = updates[name].support()
             else:
@@ -272,7 +272,8 @@ def _compare(
     return counts
 
 
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """A floating tensor's bits as integers, so that equal means identical (zeros of either sign, NaN)."""
     return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize])
 
 

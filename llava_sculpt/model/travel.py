@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +22,8 @@ from llava_sculpt.model.adapter import (
     read_tensors,
 )
 from llava_sculpt.model.layout import LANGUAGE, PROJECTOR, key_of_original, original_key
-from llava_sculpt.model.shards import save_tensors, stored_tensors
+from llava_sculpt.model.lora import CONNECTOR_TARGETS
+from llava_sculpt.model.shards import publish_with, save_tensors, stored_tensors
 from llava_sculpt.records import versions, write_json
 
 NON_LORA = "non_lora_trainables.bin"
@@ -78,7 +77,7 @@ def adapter_to_original(folder: Path, out: Path, base_config: dict[str, Any], ba
         write_json(aside / "config.json", base_config)
         _keep_record(folder, aside, rename=original_key)
 
-    _publish(out, write)
+    publish_with(out, write)
 
 
 def adapter_to_hf(folder: Path, out: Path, base_name: str | None) -> None:
@@ -122,7 +121,7 @@ def adapter_to_hf(folder: Path, out: Path, base_name: str | None) -> None:
             save_tensors(aside / CONNECTOR_FILE, connector)
         _keep_record(folder, aside, rename=key_of_original)
 
-    _publish(out, write)
+    publish_with(out, write)
 
 
 def is_original_adapter(folder: Path) -> bool:
@@ -196,7 +195,8 @@ def _hf_targets(tensors: dict[str, torch.Tensor]) -> str:
     language, connector = _suffixes(tensors)
     parts = [rf".*language_model.*\.({'|'.join(language)})"] if language else []
     if connector:
-        parts.append(rf".*multi_modal_projector\.({'|'.join(connector)})")
+        whole = connector == ["linear_1", "linear_2"]
+        parts.append(CONNECTOR_TARGETS if whole else rf".*multi_modal_projector\.{connector[0]}")
     return parts[0] if len(parts) == 1 else "|".join(f"({part})" for part in parts)
 
 
@@ -206,19 +206,3 @@ def _keep_record(folder: Path, aside: Path, rename: Callable[[str], str]) -> Non
     run = read_run(folder)
     if run:
         write_json(aside / RUN_FILE, {**run, "converted": {"from": str(folder), "versions": versions()}})
-
-
-def _publish(out: Path, write: Callable[[Path], None]) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists and is not an empty folder; choose another one for the output")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
-        aside.chmod(0o755)
-        write(aside)
-        aside.replace(out)
-    except BaseException as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise UserError(f"{out}: could not be written: {error}") from error
-        raise
