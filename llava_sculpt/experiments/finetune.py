@@ -19,7 +19,7 @@ from llava_sculpt.errors import UserError
 from llava_sculpt.evaluation.figure import plot_source_target
 from llava_sculpt.evaluation.run import evaluate, load_tasks
 from llava_sculpt.evaluation.table import format_table
-from llava_sculpt.experiments.card import write_card
+from llava_sculpt.experiments.card import upload_results, write_card
 from llava_sculpt.experiments.tiny_data import prepare_tiny_world
 from llava_sculpt.model.adapter import read_run
 from llava_sculpt.model.checkpoint import BaseCheckpoint, find_base_checkpoint
@@ -182,3 +182,4 @@ def _show(task: str, scale: str, folder: Path, zero_shot: dict[str, Any], result
         title=f"{task}, {scale} scale",
     )
     print(f"\n{format_table(rows)}\n\nfigure: {figure}\nresults: {folder / 'results.json'}")
+    upload_results(folder)
