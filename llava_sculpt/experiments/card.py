@@ -17,6 +17,7 @@ _SHOWN = (
 ).split()
 
 
+# The three summaries of every evaluation.
 _TITLES = {
     "source": "Source (mean of OKVQA, OCRVQA, GQA, TextVQA)",
     "target": "Target",
@@ -33,7 +34,7 @@ def card_metadata(folder: Path, run: dict[str, Any], results: dict[str, Any]) ->
     """
     scores = [
         EvalResult(
-            task_type="visual-question-answering" if entry["metric"] != "CIDEr" else "image-to-text",
+            task_type="visual-question-answering" if "CIDEr" not in entry["metric"] else "image-to-text",
             dataset_type=name,
             dataset_name=f"{name} ({entry['n']} questions, {entry['split']})",
             metric_type="cider" if "CIDEr" in entry["metric"] else "accuracy",
@@ -123,7 +124,7 @@ Versions: {", ".join(f"{k} {v}" for k, v in run["versions"].items())}.
 ## Commands
 
 ```bash
-{run["command"]}   # {run["world_size"]} process(es)
+{run.get("command", "(command not recorded)")}   # {run["world_size"]} process(es)
 llava-sculpt eval --model {folder} --base {run["base"]["path"]} --tasks {",".join(rows[-1][1]["tasks"])}
 ```
 

@@ -124,7 +124,13 @@ def train(config: Config, arguments: Sequence[str]) -> int:
             },
         )
     if config.training.push_to_hub:
-        trainer.push_to_hub()
+        try:
+            trainer.push_to_hub()
+        except OSError as error:  # the Hub client's errors are OSErrors too
+            raise UserError(
+                f"{output_dir}: the run is finished and saved, but could not be uploaded: {error}. "
+                f"By hand: hf upload REPOSITORY {output_dir} --exclude 'checkpoint-*'"
+            ) from error
     return 0
 
 
