@@ -300,6 +300,26 @@ def _merge(options: argparse.Namespace) -> int:
     return 0
 
 
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, help="adapter folder; for --format dense a sparse file")
+    parser.add_argument(
+        "--format",
+        choices=["sparse", "delta", "dense"],
+        required=True,
+        help="sparse: kept entries of A and B; delta: kept entries of BA; dense: a sparse file back to a folder",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="new .safetensors file (dense: new folder)")
+    parser.add_argument("--base", help="delta: base checkpoint, if not the one the adapter names")
+    parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="of the values; rounds them if shorter")
+
+
+def _export(options: argparse.Namespace) -> int:
+    from llava_sculpt.model.export import run_export
+
+    print(run_export(options.source, options.format, options.out, options.base, options.dtype))
+    return 0
+
+
 def _add_edit(parser: argparse.ArgumentParser) -> None:
     methods = parser.add_subparsers(dest="edit", required=True, metavar="METHOD")
 
@@ -395,6 +415,7 @@ _COMMANDS: dict[str, _Command] = {
     "convert": ("checkpoints and adapters between here and the original LLaVA", _add_convert, _convert),
     "merge": ("an adapter into its base model, weight by weight", _add_merge, _merge),
     "edit": ("post-pruning, DARE, Model Tailor on a trained adapter", _add_edit, _edit),
+    "export": ("a sparse adapter, or its sparse delta, as one small file", _add_export, _export),
     "check-data": ("validate training data; show what is trained on", _add_check_data, _check_data),
     "score": ("a prediction file -> the official score", _add_score, _score),
     "experiment": ("the runs of the paper's tables and figures, from grids", _add_experiment, _experiment),

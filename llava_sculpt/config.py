@@ -132,6 +132,9 @@ class TrainingArguments(HfTrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collator needs every field."})
     include_num_input_tokens_seen: str = field(default="all", metadata={"help": "Count tokens for tokens/s."})
 
+    hub_strategy: str = field(
+        default="end", metadata={"help": "With --push_to_hub: upload the finished run.", "choices": ["end"]}
+    )
     ignore_plan: bool = field(
         default=False, metadata={"help": "Start although `llava-sculpt plan` says that the GPU's memory is too small."}
     )

@@ -20,7 +20,7 @@ from llava_sculpt.errors import UserError
 from llava_sculpt.evaluation.figure import plot_source_target
 from llava_sculpt.evaluation.run import evaluate, load_tasks
 from llava_sculpt.evaluation.table import format_table
-from llava_sculpt.experiments.card import write_card
+from llava_sculpt.experiments.card import upload_results, write_card
 from llava_sculpt.experiments.grid import config_file
 from llava_sculpt.experiments.tiny_data import prepare_tiny_world
 from llava_sculpt.model.adapter import read_run
@@ -200,3 +200,4 @@ def _show(task: str, scale: str, folder: Path, zero_shot: dict[str, Any], result
         title=f"{task}, {scale} scale",
     )
     print(f"\n{format_table(rows)}\n\nfigure: {figure}\nresults: {folder / 'results.json'}")
+    upload_results(folder)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from llava_sculpt.errors import UserError
 from llava_sculpt.model.adapter import read_adapter_config
 from llava_sculpt.model.checkpoint import find_base_checkpoint, find_folder
-from llava_sculpt.model.from_original import convert_to_hf, is_original
+from llava_sculpt.model.from_original import CLIP_L_336, CLIP_NAME, convert_to_hf, is_original
 from llava_sculpt.model.shards import read_config
-from llava_sculpt.model.to_original import convert_to_original
+from llava_sculpt.model.to_original import convert_to_original, original_config
 from llava_sculpt.model.travel import adapter_to_hf, adapter_to_original, is_original_adapter
 
 
@@ -43,4 +44,18 @@ def convert_adapter(folder: Path, to: str, out: Path, base: str | None = None) -
         adapter_to_hf(folder, out, base)
         return
     named = base or read_adapter_config(folder).get("base_model_name_or_path") or ""
-    adapter_to_original(folder, out, find_base_checkpoint(named), named)
+    adapter_to_original(folder, out, _original_config_of(named), named)
+
+
+def _original_config_of(base: str) -> dict[str, Any]:
+    folder = find_folder(base)
+    config = read_config(folder)
+    if is_original(config):
+        return config
+    checkpoint = find_base_checkpoint(base)
+    if checkpoint.image_size != CLIP_L_336["image_size"]:
+        raise UserError(
+            f"{base}: its vision tower is not LLaVA-1.5's; give the base in the original's layout with --base (convert "
+            "checkpoint --to original): its config.json says where the tower is, and the original wants to know that"
+        )
+    return original_config(checkpoint, CLIP_NAME)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
+from llava_sculpt.data.tokenizer import LlavaTokenizer
 from llava_sculpt.errors import UserError
 from llava_sculpt.model.layout import EMBEDDING, HEAD, TOWER, disk_name, is_buffer, name_of_original
 from llava_sculpt.model.processor import complete_processor
@@ -42,7 +43,8 @@ TEXT_FIELDS = (
     "bos_token_id eos_token_id"
 ).split()
 # OpenAI's CLIP ViT-L/14 at 336 px, the tower of LLaVA-1.5: what `plan` needs to know without having it.
-CLIP_L_336 = {
+CLIP_NAME = "openai/clip-vit-large-patch14-336"
+CLIP_L_336: dict[str, Any] = {
     "model_type": "clip_vision_model",
     "hidden_size": 1024,
     "intermediate_size": 4096,
@@ -224,6 +226,11 @@ def convert_to_hf(source: Path, out: Path) -> None:
     if problems:
         raise UserError(problems)
     config = hf_config(original, read_config(tower))
+    pieces = LlavaTokenizer.from_dir(source).vocab_size
+    if pieces != original["vocab_size"]:
+        raise UserError(
+            f"{source}: tokenizer.model has {pieces} pieces, config.json vocab_size {original['vocab_size']}"
+        )
     own_tower = bool(original.get("unfreeze_mm_vision_tower"))
     rows = original["vocab_size"]
     expected = expected_shapes(config)

@@ -41,7 +41,8 @@ def rewrite_checkpoint(
 ) -> None:
     """Copy a base checkpoint to `out`, shard by shard, with some of its weights changed; one tensor in memory.
 
-    Names on disk, shards and side files (config, tokenizer, processor) stay those of the base. The folder is built
+    Names on disk, shards and side files (config, tokenizer, processor) stay those of the base (PyTorch's .bin shards
+    become safetensors). The folder is built
     beside `out` and published in one rename: what a kill leaves cannot be taken for a model.
 
     Args:
@@ -55,7 +56,7 @@ def rewrite_checkpoint(
         UserError: `out` is not empty, the disk is too full or fills up, or a shard of the base is damaged.
     """
     files = {
-        file.name: [_changed(tensor, change, dtype) for tensor in stored_tensors(file)]
+        _written_name(file): [_changed(tensor, change, dtype) for tensor in stored_tensors(file)]
         for file in weight_files(checkpoint.path)
     }
 
@@ -66,6 +67,10 @@ def rewrite_checkpoint(
             finish(folder)
 
     write_folder(out, files, end)
+
+
+def _written_name(file: Path) -> str:
+    return file.name.replace("pytorch_model", "model").replace(".bin", ".safetensors")
 
 
 def _changed(tensor: Stored, change: Change, dtype: torch.dtype | None) -> Stored:
@@ -252,9 +257,9 @@ def _compare(
 ) -> dict[str, dict[str, int]]:
     counts: dict[str, dict[str, int]] = {}
     for file in weight_files(base):
-        for before, after in zip(stored_tensors(file), stored_tensors(written / file.name), strict=True):
+        for before, after in zip(stored_tensors(file), stored_tensors(written / _written_name(file)), strict=True):
             name = memory_name(before.name)
-            different = _bits(before.load().to(after.dtype)) != _bits(after.load())
+            different = bits(before.load().to(after.dtype)) != bits(after.load())
             if name in updates and name not in connector:
                 support = updates[name].support()
             else:
@@ -272,7 +277,8 @@ def _compare(
     return counts
 
 
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """A floating tensor's bits as integers, so that equal means identical (zeros of either sign, NaN)."""
     return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize])
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import AddedToken, CLIPImageProcessorPil, LlamaTokenizer, LlavaProcessor
 
 from llava_sculpt.data.conversation import SYSTEM
+from llava_sculpt.errors import UserError
 
 IMAGE_TOKEN = "<image>"
 PAD_TOKEN = "<pad>"
@@ -38,7 +39,9 @@ def complete_processor(folder: Path, config: dict[str, Any]) -> None:
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in (IMAGE_TOKEN, PAD_TOKEN)])
     tokenizer.pad_token = PAD_TOKEN
     ids = tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, PAD_TOKEN])
-    assert ids[0] == config.get("image_token_index", config.get("image_token_id")), ids
+    image = config.get("image_token_index", config.get("image_token_id"))
+    if ids[0] != image:
+        raise UserError(f"{folder}: tokenizer.model puts {IMAGE_TOKEN} at {ids[0]}, config.json at {image}")
     processor = LlavaProcessor(
         CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True),
         tokenizer,

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import sys
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -223,6 +224,12 @@ def write_safetensors(file: Path, tensors: Sequence[Stored], metadata: dict[str,
     aside.replace(file)
 
 
+def save_tensors(file: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """`write_safetensors` of tensors that are in memory."""
+    stored = [Stored(name, tuple(value.shape), value.dtype, lambda v=value: v) for name, value in tensors.items()]  # type: ignore[misc]
+    write_safetensors(file, stored, metadata)
+
+
 def in_shards(tensors: Sequence[Stored], limit: int = SHARD_BYTES) -> dict[str, list[Stored]]:
     """Share tensors out, in their order, over files of at most `limit` bytes (one larger tensor fills one alone)."""
     shards: list[list[Stored]] = [[]]
@@ -257,8 +264,7 @@ def write_folder(
     """
     aside = out.parent / f".{out.name}.partial"
     progress = aside / _PROGRESS_FILE
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists and is not an empty folder; choose another one for the output")
+    _check_empty(out)
     if aside.exists() and (resume is None or not progress.is_file() or json.loads(progress.read_text()) != resume):
         shutil.rmtree(aside)
     done = {name for name, tensors in files.items() if _holds(aside / name, tensors)}
@@ -284,6 +290,31 @@ def write_folder(
             kept = "" if resume is None else "; the same command continues with what is not done yet"
             raise UserError(f"{out}: could not be written: {error}{kept}") from error
         raise
+
+
+def publish_with(out: Path, write: Callable[[Path], None]) -> None:
+    """Have `write` fill a hidden folder, then publish it as `out` in one rename.
+
+    Raises:
+        UserError: `out` is not an empty folder, or could not be written; nothing is left behind.
+    """
+    _check_empty(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    try:
+        aside.chmod(0o755)
+        write(aside)
+        aside.replace(out)
+    except BaseException as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UserError(f"{out}: could not be written: {error}") from error
+        raise
+
+
+def _check_empty(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: exists and is not an empty folder; choose another one for the output")
 
 
 def _holds(file: Path, tensors: Sequence[Stored]) -> bool:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +9,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from safetensors.torch import save_file
 
 from llava_sculpt.errors import UserError
 from llava_sculpt.model.adapter import (
@@ -25,10 +21,9 @@ from llava_sculpt.model.adapter import (
     read_run,
     read_tensors,
 )
-from llava_sculpt.model.checkpoint import BaseCheckpoint
 from llava_sculpt.model.layout import LANGUAGE, PROJECTOR, key_of_original, original_key
-from llava_sculpt.model.shards import stored_tensors
-from llava_sculpt.model.to_original import original_config
+from llava_sculpt.model.lora import CONNECTOR_TARGETS
+from llava_sculpt.model.shards import publish_with, save_tensors, stored_tensors
 from llava_sculpt.records import versions, write_json
 
 NON_LORA = "non_lora_trainables.bin"
@@ -45,13 +40,14 @@ _PEFT_0_10 = frozenset(
 )
 
 
-def adapter_to_original(folder: Path, out: Path, checkpoint: BaseCheckpoint, base_name: str) -> None:
+def adapter_to_original(folder: Path, out: Path, base_config: dict[str, Any], base_name: str) -> None:
     """Write an adapter folder that the original's `load_pretrained_model` and peft >= 0.10 read.
 
     It holds adapter_config.json, adapter_model.safetensors, non_lora_trainables.bin (the trained connector, or
     nothing) and the original's config.json. Values keep their bits.
 
     Args:
+        base_config: config.json of the base in the original's layout; the original reads it from the adapter.
         base_name: recorded in adapter_config.json.
 
     Raises:
@@ -69,7 +65,6 @@ def adapter_to_original(folder: Path, out: Path, checkpoint: BaseCheckpoint, bas
     if problems:
         raise UserError(problems)
     connector = read_tensors(folder / CONNECTOR_FILE) if (folder / CONNECTOR_FILE).is_file() else {}
-    theirs = original_config(checkpoint, _tower_name(base_name, checkpoint))
 
     def write(aside: Path) -> None:
         kept = {key: value for key, value in config.items() if key in _PEFT_0_10}
@@ -77,12 +72,12 @@ def adapter_to_original(folder: Path, out: Path, checkpoint: BaseCheckpoint, bas
         kept["lora_alpha"] = int(alpha) if alpha == int(alpha) else alpha
         kept |= {"base_model_name_or_path": base_name, "target_modules": _original_targets(tensors)}
         write_json(aside / ADAPTER_CONFIG, kept)
-        _save(aside / ADAPTER_FILE, {original_key(key): value for key, value in tensors.items()})
+        save_tensors(aside / ADAPTER_FILE, {original_key(key): value for key, value in tensors.items()})
         torch.save({original_key(f"base_model.model.{name}"): v for name, v in connector.items()}, aside / NON_LORA)
-        write_json(aside / "config.json", theirs)
+        write_json(aside / "config.json", base_config)
         _keep_record(folder, aside, rename=original_key)
 
-    _publish(out, write)
+    publish_with(out, write)
 
 
 def adapter_to_hf(folder: Path, out: Path, base_name: str | None) -> None:
@@ -121,12 +116,12 @@ def adapter_to_hf(folder: Path, out: Path, base_name: str | None) -> None:
         write_json(
             aside / ADAPTER_CONFIG, {**config, "base_model_name_or_path": named, "target_modules": _hf_targets(lora)}
         )
-        _save(aside / ADAPTER_FILE, lora)
+        save_tensors(aside / ADAPTER_FILE, lora)
         if connector:
-            _save(aside / CONNECTOR_FILE, connector)
+            save_tensors(aside / CONNECTOR_FILE, connector)
         _keep_record(folder, aside, rename=key_of_original)
 
-    _publish(out, write)
+    publish_with(out, write)
 
 
 def is_original_adapter(folder: Path) -> bool:
@@ -200,48 +195,14 @@ def _hf_targets(tensors: dict[str, torch.Tensor]) -> str:
     language, connector = _suffixes(tensors)
     parts = [rf".*language_model.*\.({'|'.join(language)})"] if language else []
     if connector:
-        parts.append(rf".*multi_modal_projector\.({'|'.join(connector)})")
+        whole = connector == ["linear_1", "linear_2"]
+        parts.append(CONNECTOR_TARGETS if whole else rf".*multi_modal_projector\.{connector[0]}")
     return parts[0] if len(parts) == 1 else "|".join(f"({part})" for part in parts)
-
-
-def _tower_name(base_name: str, checkpoint: BaseCheckpoint) -> str:
-    config = Path(base_name) / "config.json"
-    if config.is_file():
-        named = json.loads(config.read_text(encoding="utf-8")).get("mm_vision_tower")
-        if named is not None:
-            return named
-    size = checkpoint.config.get("vision_config", {}).get("image_size")
-    if size == 336:
-        return "openai/clip-vit-large-patch14-336"
-    raise UserError(
-        f"--base {base_name}: give the base in the original's layout (convert checkpoint --to original): its "
-        "config.json says where the vision tower is, and the original reads that from the adapter"
-    )
 
 
 def _keep_record(folder: Path, aside: Path, rename: Callable[[str], str]) -> None:
     if (folder / MASKS_FILE).is_file():
-        _save(aside / MASKS_FILE, {rename(key): mask for key, mask in read_tensors(folder / MASKS_FILE).items()})
+        save_tensors(aside / MASKS_FILE, {rename(key): mask for key, mask in read_tensors(folder / MASKS_FILE).items()})
     run = read_run(folder)
     if run:
         write_json(aside / RUN_FILE, {**run, "converted": {"from": str(folder), "versions": versions()}})
-
-
-def _save(file: Path, tensors: dict[str, torch.Tensor]) -> None:
-    save_file({key: value.contiguous() for key, value in tensors.items()}, str(file), metadata={"format": "pt"})
-
-
-def _publish(out: Path, write: Callable[[Path], None]) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists and is not an empty folder; choose another one for the output")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
-        aside.chmod(0o755)
-        write(aside)
-        aside.replace(out)
-    except BaseException as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise UserError(f"{out}: could not be written: {error}") from error
-        raise

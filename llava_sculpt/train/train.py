@@ -10,10 +10,13 @@ An interrupted run continues when the same command is given again.
 
 from __future__ import annotations
 
+import re
 import resource
+import shlex
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +48,19 @@ INTERRUPTED = 130  # the shell's exit code for ctrl-C
 def main(argv: list[str] | None = None) -> int:
     """Run one training; returns the exit code (0 done, 2 bad input, 130 interrupted)."""
     try:
-        return train(parse_config(sys.argv[1:] if argv is None else argv))
+        arguments = sys.argv[1:] if argv is None else argv
+        return train(parse_config(arguments), arguments)
     except UserError as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
         return 2
 
 
-def train(config: Config) -> int:
+def train(config: Config, arguments: Sequence[str]) -> int:
     """Check everything, then load, train and save. See `main` for the exit code.
+
+    Args:
+        arguments: the command line, for run.json.
 
     Raises:
         UserError: bad configuration, data, checkpoint or output folder; nothing has been written over.
@@ -75,6 +82,7 @@ def train(config: Config) -> int:
 
     output_dir = Path(config.training.output_dir)
     record = _describe(config, checkpoint, len(dataset), steps)
+    record["command"] = _command(arguments)
     with config.training.main_process_first(local=False, desc="claiming the output folder"):
         state = open_run(output_dir, record) if config.training.should_save else "new"
     if config.training.world_size > 1:
@@ -100,7 +108,7 @@ def train(config: Config) -> int:
             file=sys.stderr,
         )
         return INTERRUPTED
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # without its upload, which would come before run.json is done
     trainer.save_state()
     if trainer.is_world_process_zero():
         earlier = read_run(output_dir)
@@ -115,6 +123,14 @@ def train(config: Config) -> int:
                 "peak_memory_bytes": peak_memory(),
             },
         )
+    if config.training.push_to_hub:
+        try:
+            trainer.push_to_hub()
+        except OSError as error:  # the Hub client's errors are OSErrors too
+            raise UserError(
+                f"{output_dir}: the run is finished and saved, but could not be uploaded: {error}. "
+                f"By hand: hf upload REPOSITORY {output_dir} --exclude 'checkpoint-*'"
+            ) from error
     return 0
 
 
@@ -215,6 +231,16 @@ def _describe(config: Config, checkpoint: BaseCheckpoint, samples: int, steps: i
         "seed": arguments.seed,
         "versions": versions(),
     }
+
+
+def _command(arguments: Sequence[str]) -> str:
+    """The command line for run.json and the model card, without the Hub's token."""
+    secret = re.compile(r"--hub[-_]token(=|$)")
+    kept = []
+    for before, word in zip(["", *arguments], arguments, strict=False):
+        if not secret.match(word) and not secret.fullmatch(before):
+            kept.append(word)
+    return f"python -m llava_sculpt.train.train {shlex.join(kept)}"
 
 
 def build_trainer(config: Config, checkpoint: BaseCheckpoint, dataset: LlavaDataset) -> LLaVATrainer:

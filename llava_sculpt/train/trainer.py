@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCardData
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
@@ -139,6 +140,15 @@ class LLaVATrainer(Trainer):
             self._save(output_dir, state)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write a short README.md before an upload, unless the run has its own (`finetune` writes it with scores)."""
+        file = self._folder() / "README.md"
+        if self.is_world_process_zero() and not file.exists():
+            base, tags = self.config.model.model_name_or_path, ["llava", "lora", "lorasculpt"]
+            data = ModelCardData(base_model=None if Path(base).is_dir() else base, library_name="peft", tags=tags)
+            text = f"# {file.parent.name}\n\n`run.json` says how it was trained."
+            file.write_text(f"---\n{data.to_yaml()}\n---\n{text}\n", encoding="utf-8")
 
     def _folder(self, output_dir: str | None = None) -> Path:
         return Path(output_dir or self.config.training.output_dir)

@@ -41,12 +41,17 @@ def as_published(folder: Path) -> None:
     save_file(renamed, str(folder / "model.safetensors"), metadata={"format": "pt"})
 
 
+def pickled(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
 def as_in_memory(folder: Path) -> None:
     weights = LlavaForConditionalGeneration.from_pretrained(folder).state_dict()
     save_file(weights, str(folder / "model.safetensors"), metadata={"format": "pt"})
 
 
-@pytest.fixture(params=[None, in_three_shards, as_published, as_in_memory])
+@pytest.fixture(params=[None, in_three_shards, as_published, as_in_memory, pickled])
 def base(request: pytest.FixtureRequest, checkpoint: Path, tmp_path: Path) -> Path:
     folder = shutil.copytree(checkpoint, tmp_path / "base")
     prepare: Callable[[Path], None] | None = request.param
@@ -68,7 +73,8 @@ def test_changes_what_it_is_told_and_nothing_else(base: Path, tmp_path: Path) ->
     assert sorted(names) == sorted(before)
     for name in before:
         assert torch.equal(after[name], before[name] * (2 if name == Q_PROJ else 1)), name
-    assert sorted(f.name for f in base.iterdir()) == sorted(f.name for f in (tmp_path / "out").iterdir())
+    names = [f.name.replace("pytorch_model.bin", "model.safetensors") for f in base.iterdir()]
+    assert sorted(names) == sorted(f.name for f in (tmp_path / "out").iterdir())
     assert list(tmp_path.glob(".*")) == []
 
 
