@@ -24,7 +24,7 @@ import torch
 from peft import PeftModel
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from llava_sculpt.config import SculptArguments
+from llava_sculpt.config import SculptConfig
 from llava_sculpt.model.checkpoint import find_base_checkpoint
 from llava_sculpt.model.load import load_base
 from llava_sculpt.model.lora import inject_lora, lora_pairs
@@ -43,7 +43,7 @@ class Step:
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, weight_decay=0.0)
         self.pairs = lora_pairs(model)
-        self.regularizer = ConflictRegularizer(self.pairs, SculptArguments(), with_connector=False)
+        self.regularizer = ConflictRegularizer(self.pairs, SculptConfig())
 
     def make_masks(self) -> list[Any]:
         """Prune as the callback does; returns the gradient hooks."""

@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import json
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,100 @@ class SculptArguments:
         default="mean",
         metadata={"help": "Regularizer over matrices: mean (release) or sum (paper).", "choices": ["mean", "sum"]},
     )
+
+    def problems(self) -> list[str]:
+        """Impossible values, one message each."""
+        problems = sculpt_problems(
+            self.sculpt_density,
+            self.sculpt_warmup_steps,
+            self.sculpt_omega,
+            self.sculpt_alpha,
+            self.sculpt_beta,
+            prefix="sculpt_",
+        )
+        if not self.reg_lambda >= 0:
+            problems.append(f"reg_lambda: must not be negative, got {self.reg_lambda}")
+        return problems
+
+    def to_config(self, *, prune: str, regularize: str, connector: str | None) -> SculptConfig:
+        """The method's settings, for a model whose layers the patterns name (see `SculptConfig`)."""
+        return SculptConfig(
+            density=self.sculpt_density,
+            warmup_steps=self.sculpt_warmup_steps,
+            omega=self.sculpt_omega,
+            alpha=self.sculpt_alpha,
+            beta=self.sculpt_beta,
+            reduction=self.sculpt_reduction,
+            prune=prune,
+            regularize=regularize,
+            connector=connector,
+        )
+
+
+@dataclass(frozen=True)
+class SculptConfig:
+    """LoRASculpt on any PEFT model: how strongly, and on which of its LoRA layers.
+
+    The patterns are regular expressions for whole module names in the base model, read as PEFT reads a
+    `target_modules` string.
+
+    Attributes:
+        density: fraction of entries kept in each pruned lora_A and lora_B (the paper's s).
+        warmup_steps: optimizer steps before the masks are made; below 1 a fraction of training.
+        omega: steepness of the retention mask (Eq. 7).
+        alpha: weight of the Frobenius term (Eq. 9), over the layers that `regularize` names.
+        beta: weight of the L1 term (Eq. 11), over the layers that `connector` names.
+        reduction: mean (as released) or sum (as in the paper) over the matrices of a term.
+        prune: layers that get masks.
+        regularize: layers of Eq. 8; the paper's are the query, key and value projections of the language model.
+        connector: layers of Eq. 10; None leaves the term out.
+
+    Raises:
+        UserError: impossible values, all at once.
+    """
+
+    density: float = 0.1
+    warmup_steps: float = 100.0
+    omega: float = 1.0
+    alpha: float = 1e-3
+    beta: float = 1e-5
+    reduction: str = "mean"
+    prune: str = r".*"
+    regularize: str = r".*\.(q_proj|k_proj|v_proj)"
+    connector: str | None = None
+
+    def __post_init__(self) -> None:
+        problems = sculpt_problems(self.density, self.warmup_steps, self.omega, self.alpha, self.beta)
+        if self.reduction not in ("mean", "sum"):
+            problems.append(f"reduction: must be mean or sum, got {self.reduction!r}")
+        for name in ("prune", "regularize", "connector"):
+            try:
+                re.compile(getattr(self, name) or "")
+            except re.error as error:
+                problems.append(f"{name}: {getattr(self, name)!r} is not a regular expression ({error})")
+        if problems:
+            raise UserError(problems)
+
+
+def sculpt_problems(
+    density: float, warmup_steps: float, omega: float, alpha: float, beta: float, prefix: str = ""
+) -> list[str]:
+    """What is impossible about the method's numbers, one message each; their names begin with `prefix`."""
+    problems = []
+    if not 0 < density <= 1:
+        problems.append(f"{prefix}density: must be in (0, 1], got {density}")
+    if not warmup_steps > 0:
+        problems.append(
+            f"{prefix}warmup_steps: must be above 0 (lora_B starts at zero and has no magnitudes), got {warmup_steps}"
+        )
+    elif warmup_steps > 1 and warmup_steps % 1:
+        problems.append(f"{prefix}warmup_steps: whole steps, or a fraction below 1; got {warmup_steps}")
+    if not omega > 0:
+        problems.append(f"{prefix}omega: must be above 0, got {omega}")
+    for name, value in (("alpha", alpha), ("beta", beta)):
+        if not value >= 0:
+            problems.append(f"{prefix}{name}: must not be negative, got {value}")
+    return problems
 
 
 @dataclass
@@ -336,20 +431,7 @@ def _impossible_values(
         problems.append(f"lora_alpha: must be above 0, got {model.lora_alpha}")
     if not 0 <= model.lora_dropout < 1:
         problems.append(f"lora_dropout: must be in [0, 1), got {model.lora_dropout}")
-    if not 0 < sculpt.sculpt_density <= 1:
-        problems.append(f"sculpt_density: must be in (0, 1], got {sculpt.sculpt_density}")
-    if not sculpt.sculpt_warmup_steps > 0:
-        problems.append(
-            f"sculpt_warmup_steps: must be above 0 (lora_B starts at zero and has no magnitudes), "
-            f"got {sculpt.sculpt_warmup_steps}"
-        )
-    elif sculpt.sculpt_warmup_steps > 1 and sculpt.sculpt_warmup_steps % 1:
-        problems.append(f"sculpt_warmup_steps: whole steps, or a fraction below 1; got {sculpt.sculpt_warmup_steps}")
-    if not sculpt.sculpt_omega > 0:
-        problems.append(f"sculpt_omega: must be above 0, got {sculpt.sculpt_omega}")
-    for name in ("sculpt_alpha", "sculpt_beta", "reg_lambda"):
-        if not getattr(sculpt, name) >= 0:
-            problems.append(f"{name}: must not be negative, got {getattr(sculpt, name)}")
+    problems += sculpt.problems()
     if sculpt.method != "sculpt" and model.connector == "sculpt":
         problems.append("connector: sculpt needs method: sculpt (use connector: lora)")
     if values.get("fp16") and not torch.cuda.is_available():

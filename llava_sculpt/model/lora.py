@@ -13,13 +13,14 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import nn
 
+from llava_sculpt.errors import UserError
+
 # Anchored to the LLM: CLIP has q_proj, k_proj and v_proj too.
 LLM_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 CONNECTOR_TARGETS = r".*multi_modal_projector\.linear_[12]"
+REGULARIZED_LLM = r".*language_model.*\.(q_proj|k_proj|v_proj)"
 CONNECTOR = "multi_modal_projector"
 ADAPTER = "default"
-
-_REGULARIZED_LLM = re.compile(r".*language_model.*\.(q_proj|k_proj|v_proj)")
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,6 @@ class LoraPair:
     @property
     def in_connector(self) -> bool:
         return CONNECTOR in self.name
-
-    @property
-    def is_regularized(self) -> bool:
-        """Eq. 8 acts on W_Q, W_K, W_V of the LLM, Eq. 10 on every LoRA matrix of the connector."""
-        return self.in_connector or _REGULARIZED_LLM.fullmatch(self.name) is not None
 
     def weight(self) -> torch.Tensor:
         """The frozen W (p, q); a 4- or 8-bit weight is dequantised into a temporary."""
@@ -120,3 +116,19 @@ def lora_pairs(model: nn.Module) -> list[LoraPair]:
             magnitude = magnitudes[ADAPTER].weight if ADAPTER in magnitudes else None
             pairs.append(LoraPair(name, lora_A.weight, lora_B.weight, magnitude, module))
     return pairs
+
+
+def matching_pairs(pairs: list[LoraPair], pattern: str, purpose: str) -> list[LoraPair]:
+    """The pairs whose module name in the base model is matched, as a whole, by a regular expression.
+
+    That is how PEFT reads a `target_modules` string, so the same string selects the same layers.
+
+    Raises:
+        UserError: none is; the message names `purpose`.
+    """
+    names = {pair.name: pair.name.removeprefix("base_model.model.") for pair in pairs}
+    found = [pair for pair in pairs if re.fullmatch(pattern, names[pair.name])]
+    if not found:
+        layers = f"LoRA is on {len(pairs)} layers, such as {names[pairs[0].name]}" if pairs else "no layer has LoRA"
+        raise UserError(f"{purpose}: no LoRA layer matches {pattern!r} ({layers})")
+    return found

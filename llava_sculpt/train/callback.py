@@ -29,6 +29,10 @@ class SculptCallback(TrainerCallback):
         pairs: the LoRA pairs to prune (the LLM's; the connector is never pruned).
         density: fraction kept per matrix.
         warmup_steps: optimizer steps before the masks are made, or a fraction of training below 1.
+
+    Attributes:
+        masks: bool tensors by key in adapter_model.safetensors; empty before the mask step.
+        resume_from: checkpoint whose masks are taken up when training begins.
     """
 
     def __init__(self, pairs: list[LoraPair], density: float, warmup_steps: float) -> None:
@@ -36,13 +40,20 @@ class SculptCallback(TrainerCallback):
         self.warmup_steps = warmup_steps
         self.parameters = dict(entry for pair in pairs for entry in pair.parameters())
         self.masks: dict[str, torch.Tensor] = {}
+        self.resume_from: Path | None = None
         self._entries = sum(parameter.numel() for parameter in self.parameters.values())
         self._schedule: SculptSchedule | None = None
 
     def on_train_begin(
         self, args: HfTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._schedule = SculptSchedule(self.warmup_steps, state.max_steps)
+        try:
+            self._schedule = SculptSchedule(self.warmup_steps, state.max_steps)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        if self.resume_from is not None and not self.masks:
+            check_masks(self.resume_from, state.global_step, self._schedule, self.density)
+            self._load(self.resume_from, args.device)
 
     def on_step_begin(
         self, args: HfTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -69,7 +80,7 @@ class SculptCallback(TrainerCallback):
         if self.masks:
             save_file({key: mask.cpu() for key, mask in self.masks.items()}, str(folder / MASKS_FILE))
 
-    def load(self, checkpoint: Path, device: torch.device) -> None:
+    def _load(self, checkpoint: Path, device: torch.device) -> None:
         """Take up the masks of a checkpoint (none before the mask step), after `check_masks` has passed it."""
         if (checkpoint / MASKS_FILE).exists():
             for key, mask in read_tensors(checkpoint / MASKS_FILE).items():

@@ -14,9 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import distributed as dist
 
-from llava_sculpt.config import Config, SculptArguments
+from llava_sculpt.config import Config, SculptConfig
 from llava_sculpt.methods import l2_penalty, orth_penalty
-from llava_sculpt.model.lora import LoraPair
+from llava_sculpt.model.lora import CONNECTOR_TARGETS, LLM_TARGETS, REGULARIZED_LLM, LoraPair, matching_pairs
 from llava_sculpt.sculpt import (
     Norm,
     Retention,
@@ -38,11 +38,17 @@ class Regularizer(Protocol):
         """The last unweighted values over all matrices, for the log; the same on every process."""
 
 
+def sculpt_config(config: Config) -> SculptConfig:
+    """The method's settings with the layers of LLaVA-1.5 in Hugging Face's names."""
+    connector = CONNECTOR_TARGETS if config.model.connector == "sculpt" else None
+    return config.sculpt.to_config(prune=LLM_TARGETS, regularize=REGULARIZED_LLM, connector=connector)
+
+
 def make_regularizer(pairs: list[LoraPair], config: Config) -> Regularizer | None:
     """The term of the configured method; None for those that change no loss."""
     sculpt = config.sculpt
     if sculpt.method == "sculpt":
-        return ConflictRegularizer(pairs, sculpt, with_connector=config.model.connector == "sculpt")
+        return ConflictRegularizer(pairs, sculpt_config(config))
     if sculpt.method in _PENALTIES and sculpt.reg_lambda > 0:
         return SumRegularizer(sculpt.method, pairs, sculpt.reg_lambda)
     return None
@@ -89,26 +95,27 @@ class SumRegularizer:
 
 
 class ConflictRegularizer:
-    """alpha * CMR of the LLM's Q, K, V plus beta * CMR of the connector's LoRA.
+    """alpha * CMR of the regularized layers (Eq. 8: the LLM's Q, K, V) plus beta * CMR of the connector's (Eq. 10).
 
     With N processes that hold W whole (DDP, ZeRO-2), process k computes every N-th matrix from the k-th on, weighted
     by N. With W in pieces (ZeRO-3) each computes all matrices on its own pieces. Either way the work is divided by N.
 
     Args:
         pairs: every LoRA pair of the model.
-        arguments: weights, omega and reduction.
-        with_connector: whether Eq. 10 applies (connector mode `sculpt`).
+        config: weights, omega, reduction, and the layers of each term.
 
     Attributes:
         cmr_llm, cmr_connector: the last values over all matrices, unweighted, the same on every process.
+
+    Raises:
+        UserError: a pattern of `config` whose weight is above 0 matches no layer.
     """
 
-    def __init__(self, pairs: list[LoraPair], arguments: SculptArguments, *, with_connector: bool) -> None:
-        self.arguments = arguments
-        regularized = [pair for pair in pairs if pair.is_regularized]
-        self.llm = [p for p in regularized if not p.in_connector] if arguments.sculpt_alpha > 0 else []
-        connector = [p for p in regularized if p.in_connector] if with_connector else []
-        self.connector = connector if arguments.sculpt_beta > 0 else []
+    def __init__(self, pairs: list[LoraPair], config: SculptConfig) -> None:
+        self.config = config
+        self.llm = matching_pairs(pairs, config.regularize, "regularize") if config.alpha > 0 else []
+        with_connector = config.connector is not None and config.beta > 0
+        self.connector = matching_pairs(pairs, config.connector or "", "connector") if with_connector else []
         self.cmr_llm = self.cmr_connector = torch.zeros(())
         self._retentions: dict[str, Retention] = {}
 
@@ -120,10 +127,10 @@ class ConflictRegularizer:
         loss = None
         if self.llm:
             share, self.cmr_llm = self._share(self.llm, "fro")
-            loss = self.arguments.sculpt_alpha * share
+            loss = self.config.alpha * share
         if self.connector:
             share, self.cmr_connector = self._share(self.connector, "l1")
-            term = self.arguments.sculpt_beta * share
+            term = self.config.beta * share
             loss = term if loss is None else loss + term
         return loss
 
@@ -137,7 +144,7 @@ class ConflictRegularizer:
 
     def _share(self, pairs: list[LoraPair], norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:
         """(share of this process, value over all)."""
-        count = len(pairs) if self.arguments.sculpt_reduction == "mean" else 1
+        count = len(pairs) if self.config.reduction == "mean" else 1
         if is_partitioned(_frozen(pairs[0])):
             total = self._in_pieces(pairs, norm).sum() / count
             return total, total.detach()
@@ -152,14 +159,14 @@ class ConflictRegularizer:
         """W, and what of its retention mask outlives a step (made at the first use: W is frozen)."""
         weight = pair.weight()
         if pair.name not in self._retentions:
-            self._retentions[pair.name] = Retention.of(weight, self.arguments.sculpt_omega)
+            self._retentions[pair.name] = Retention.of(weight, self.config.omega)
         return weight, self._retentions[pair.name]
 
     def _in_pieces(self, pairs: list[LoraPair], norm: Norm) -> torch.Tensor:
         lora_A, lora_B = [pair.lora_A for pair in pairs], [pair.lora_B for pair in pairs]
         pieces = [WeightPiece(*local_piece(_frozen(pair)), shape=_frozen(pair).ds_shape) for pair in pairs]
         if pairs[0].name not in self._retentions:
-            made = partitioned_retentions(pieces, self.arguments.sculpt_omega, lora_A[0].device)
+            made = partitioned_retentions(pieces, self.config.omega, lora_A[0].device)
             self._retentions.update(zip([pair.name for pair in pairs], made, strict=True))
         retentions = [self._retentions[pair.name] for pair in pairs]
         # The one gather of a step: A and B, thin, in one go.

@@ -18,22 +18,21 @@ from llava_sculpt.config import Config
 from llava_sculpt.data.sampler import ModalityLengthSampler
 from llava_sculpt.errors import UserError
 from llava_sculpt.model.adapter import load_connector, save_adapter
-from llava_sculpt.model.lora import CONNECTOR, lora_pairs
+from llava_sculpt.model.lora import CONNECTOR, lora_pairs, matching_pairs
 from llava_sculpt.train.callback import SculptCallback
 from llava_sculpt.train.console import ConsoleCallback
-from llava_sculpt.train.regularizer import make_regularizer
+from llava_sculpt.train.mixin import LossTerm, Masks
+from llava_sculpt.train.regularizer import make_regularizer, sculpt_config
 from llava_sculpt.train.runs import SAVING, publish_checkpoint
 from llava_sculpt.train.zero import gather_working_copies
 
 
-class LLaVATrainer(Trainer):
+class LLaVATrainer(LossTerm, Trainer):
     """The Trainer for LoRA on LLaVA.
 
     Adds to Hugging Face's: a learning rate of its own for the connector, LLaVA's sampler by modality and length, the
-    connector in every checkpoint, checkpoints that are complete or not there, and the logs of docs/method.md.
-
-    The regularizer of the configured method, if it has one, is added once per optimizer step, in the micro-step that
-    ends it, so it costs and counts the same however the step is split by gradient accumulation.
+    connector in every checkpoint, checkpoints that are complete or not there, the loss term of the configured method,
+    and the logs of docs/method.md.
 
     Args:
         model: PEFT model from `inject_lora`.
@@ -48,8 +47,6 @@ class LLaVATrainer(Trainer):
         self.config = config
         self._dataset = train_dataset
         self._sampler: ModalityLengthSampler | None = None
-        self._task_loss: torch.Tensor | float = 0.0
-        self._task_loss_since = 0
         self._lrs: dict[str, float] = {}
         self._aside = False
         self.regularizer = make_regularizer(lora_pairs(model), config)
@@ -103,35 +100,11 @@ class LLaVATrainer(Trainer):
         self.optimizer = optimizer_class([groups[key] for key in sorted(groups, reverse=True)], **options)
         return self.optimizer
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
-        result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss = result[0] if return_outputs else result
-        self._task_loss = self._task_loss + loss.detach()
-        penalty = self.regularizer() if self.regularizer is not None and self.accelerator.sync_gradients else None
-        if penalty is None:
-            return result
-        if num_items_in_batch is None:
-            # A mean over micro-batches: the Trainer divides what is returned here by their number.
-            penalty = penalty * self.current_gradient_accumulation_steps
-        return (loss + penalty, result[1]) if return_outputs else loss + penalty
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add to what the Trainer logs: task loss, value of the regularizer, learning rate of each group."""
-        steps = self.state.global_step - self._task_loss_since
-        if "loss" in logs and steps > 0:
-            task_loss = torch.as_tensor(self._task_loss, device=self.args.device).reshape(1)
-            logs["task_loss"] = self.accelerator.gather(task_loss).mean().item() / steps
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the learning rate of each group to what is logged."""
+        if "loss" in logs:
             logs.update({f"lr_{name}": lr for name, lr in self._lrs.items()})
-            self._task_loss, self._task_loss_since = 0.0, self.state.global_step
-            if self.regularizer is not None:
-                logs.update(self.regularizer.values())
-        super().log(logs, start_time)
+        super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save what was trained (never the frozen model, which the Trainer would gather under DeepSpeed)."""
@@ -232,28 +205,11 @@ class _BackwardEndsAtTheConnector(TrainerCallback):
             self.trainer.model.disable_input_require_grads()
 
 
-class LLaVASculptTrainer(LLaVATrainer):
+class LLaVASculptTrainer(Masks, LLaVATrainer):
     """LoRASculpt: LLaVATrainer, whose regularizer is then CMR, with the masks in a callback (Algorithm 1)."""
 
     def __init__(self, model: PeftModel, config: Config, train_dataset: Any, data_collator: Any) -> None:
         super().__init__(model, config, train_dataset, data_collator)
-        pruned = [pair for pair in lora_pairs(model) if not pair.in_connector]
+        pruned = matching_pairs(lora_pairs(model), sculpt_config(config).prune, "prune")
         self.masking = SculptCallback(pruned, config.sculpt.sculpt_density, config.sculpt.sculpt_warmup_steps)
         self.add_callback(self.masking)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            logs["density"] = self.masking.measured_density()
-        super().log(logs, start_time)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        self.masking.save(self._folder(output_dir))
-
-    def train(
-        self, resume_from_checkpoint: Any = None, trial: Any = None, ignore_keys_for_eval: list[str] | None = None
-    ) -> Any:
-        """Train, or continue from a checkpoint folder with its masks."""
-        if resume_from_checkpoint is not None:
-            self.masking.load(Path(resume_from_checkpoint), self.args.device)
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)

@@ -14,12 +14,20 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 
-from llava_sculpt.config import SculptArguments
+from llava_sculpt.config import SculptConfig
 from llava_sculpt.model import load
 from llava_sculpt.model.adapter import ADAPTER_FILE, CONNECTOR_FILE, MASKS_FILE, RUN_FILE
 from llava_sculpt.model.checkpoint import find_base_checkpoint
 from llava_sculpt.model.load import load_base, load_for_inference
-from llava_sculpt.model.lora import LoraPair, connector_weights, inject_lora, lora_pairs
+from llava_sculpt.model.lora import (
+    CONNECTOR_TARGETS,
+    REGULARIZED_LLM,
+    LoraPair,
+    connector_weights,
+    inject_lora,
+    lora_pairs,
+    matching_pairs,
+)
 from llava_sculpt.sculpt import kept_count
 from llava_sculpt.train import train as entry
 from llava_sculpt.train.regularizer import ConflictRegularizer
@@ -130,7 +138,7 @@ def test_regularizer_on_dequantised_weights(
 ) -> None:
     """Value and gradients are those of float64, at every step the same; no dequantised matrix outlives its term."""
     pairs = lora_pairs(adapted(checkpoint, bits, dtype))
-    llm = [pair for pair in pairs if not pair.in_connector and pair.is_regularized]
+    llm = matching_pairs(pairs, REGULARIZED_LLM, "regularize")
     connector = [pair for pair in pairs if pair.in_connector]
     assert (len(llm), len(connector)) == (6, 2)
     expected = 0.5 * sum(float64_penalty(p, "fro") for p in llm) / 6
@@ -150,7 +158,7 @@ def test_regularizer_on_dequantised_weights(
         return weight
 
     monkeypatch.setattr(LoraPair, "weight", watched)
-    regularizer = ConflictRegularizer(pairs, SculptArguments(sculpt_alpha=0.5, sculpt_beta=0.1), with_connector=True)
+    regularizer = ConflictRegularizer(pairs, SculptConfig(alpha=0.5, beta=0.1, connector=CONNECTOR_TARGETS))
     values = []
     for _ in range(3):
         loss = regularizer()

@@ -26,11 +26,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
 from llava_sculpt.cli import main
-from llava_sculpt.config import SculptArguments
+from llava_sculpt.config import SculptConfig
 from llava_sculpt.errors import UserError
 from llava_sculpt.model.checkpoint import BaseCheckpoint
 from llava_sculpt.model.load import load_base
-from llava_sculpt.model.lora import inject_lora, lora_pairs
+from llava_sculpt.model.lora import CONNECTOR_TARGETS, inject_lora, lora_pairs
 from llava_sculpt.train.memory import (
     Architecture,
     Setup,
@@ -329,7 +329,8 @@ def test_regularizer(connector: str) -> None:
     config = small_config(1000, hidden=128, layers=6)  # W of one tile, on a CPU too
     setup = setup_of(config, half=True, connector=connector, connector_regularized=connector == "sculpt")
     model = build(config, setup, torch.bfloat16).to(torch.bfloat16)
-    penalty = ConflictRegularizer(lora_pairs(model), SculptArguments(), with_connector=connector == "sculpt")
+    layers = CONNECTOR_TARGETS if connector == "sculpt" else None
+    penalty = ConflictRegularizer(lora_pairs(model), SculptConfig(connector=layers))
     with LiveBytes() as counted:
         loss = penalty()
     assert loss is not None

@@ -1,0 +1,125 @@
+"""The method as mixins in front of any Hugging Face Trainer: a loss term, and masks that live in its checkpoints.
+
+`SculptMixin` attaches LoRASculpt to the Trainer of another model, TRL's included:
+
+    class MyTrainer(SculptMixin, SFTTrainer): ...
+    trainer = MyTrainer(model, args=..., peft_config=..., sculpt=SculptConfig(density=0.1, warmup_steps=100))
+
+LLaVA's own trainers, here and in `llava_patch`, are made of the same parts. They use nothing that transformers 4.37
+does not have, except `current_gradient_accumulation_steps`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_utils import get_last_checkpoint
+
+from llava_sculpt.config import SculptConfig
+from llava_sculpt.errors import UserError
+from llava_sculpt.model.lora import lora_pairs, matching_pairs
+from llava_sculpt.train.callback import SculptCallback
+from llava_sculpt.train.regularizer import ConflictRegularizer, Regularizer
+
+_Base: Any = Trainer if TYPE_CHECKING else object
+
+
+class LossTerm(_Base):
+    """Adds a regularizer to the loss once per optimizer step, and logs it beside the task's loss.
+
+    It is added in the micro-step that ends the optimizer step, so it costs and counts the same however the step is
+    split by gradient accumulation. Each process adds its share; gradient averaging over the processes makes it the
+    whole term.
+
+    Attributes:
+        regularizer: the term; None adds nothing.
+    """
+
+    regularizer: Regularizer | None = None
+    _task_loss: torch.Tensor | float = 0.0
+    _task_steps = 0
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The Trainer's loss, plus the term where it is due; evaluation is left alone."""
+        result: Any = super().compute_loss(model, inputs, return_outputs, *args, **kwargs)
+        if not model.training:
+            return result
+        loss = result[0] if return_outputs else result
+        # A sum over the step's tokens stays as it is; the Trainer divides a mean of the micro-batch by their number.
+        in_whole_step = (args[0] if args else kwargs.get("num_items_in_batch")) is not None
+        divisor = 1 if in_whole_step else self.current_gradient_accumulation_steps
+        self._task_loss = self._task_loss + loss.detach() / divisor
+        if not self.accelerator.sync_gradients:
+            return result
+        self._task_steps += 1
+        penalty = self.regularizer() if self.regularizer is not None else None
+        if penalty is None:
+            return result
+        loss = loss + penalty * divisor
+        return (loss, result[1]) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the task's loss and the value of the regularizer to what the Trainer logs of training."""
+        if "loss" in logs and self._task_steps > 0:
+            task_loss = torch.as_tensor(self._task_loss, device=self.args.device).reshape(1)
+            logs["task_loss"] = self.accelerator.gather(task_loss).mean().item() / self._task_steps
+            self._task_loss, self._task_steps = 0.0, 0
+            if self.regularizer is not None:
+                logs.update(self.regularizer.values())
+        super().log(logs, *args, **kwargs)
+
+
+class Masks(_Base):
+    """Saves the masks with every checkpoint and final adapter, takes them up at a resume, logs the density.
+
+    Attributes:
+        masking: the callback that makes and holds the masks; set in `__init__` and added to the Trainer.
+    """
+
+    masking: SculptCallback
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, or continue from a checkpoint folder (True: the last one in output_dir) with its masks.
+
+        Raises:
+            UserError: the checkpoint's masks are not the ones its weights were trained with.
+        """
+        folder = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+        self.masking.resume_from = Path(folder) if folder else None
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs["density"] = self.masking.measured_density()
+        super().log(logs, *args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        self.masking.save(Path(output_dir or self.args.output_dir))
+
+
+class SculptMixin(Masks, LossTerm):
+    """LoRASculpt in front of a Trainer class: `class MyTrainer(SculptMixin, Trainer)`.
+
+    Args:
+        sculpt: the method's settings; its patterns say which LoRA layers are pruned and which regularized.
+        Everything else goes to the Trainer, which must hold a PEFT model with LoRA after its own `__init__`.
+
+    Raises:
+        UserError: a pattern matches no LoRA layer, or the model has DoRA.
+    """
+
+    def __init__(self, *args: Any, sculpt: SculptConfig, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        pairs = lora_pairs(self.model)
+        if any(pair.magnitude is not None for pair in pairs):
+            raise UserError("LoRASculpt prunes LoRA's A and B; the model has DoRA (use_dora), which it does not cover")
+        self.regularizer = ConflictRegularizer(pairs, sculpt)
+        self.masking = SculptCallback(matching_pairs(pairs, sculpt.prune, "prune"), sculpt.density, sculpt.warmup_steps)
+        self.add_callback(self.masking)
