@@ -16,6 +16,7 @@ BELOW = {
     "benchmarks": {"errors", "records", "data"},
     "evaluation": {"errors", "records", "data", "benchmarks"},
     "train": {"errors", "records", "config", "data", "model", "sculpt", "methods"},
+    "llava_patch": {"errors", "config", "train"},
     "tiny": {"errors", "data", "benchmarks"},
     "experiments": {"errors", "records", "config", "model", "benchmarks", "evaluation", "train", "tiny"},
 }

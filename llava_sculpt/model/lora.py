@@ -112,8 +112,8 @@ def lora_pairs(model: nn.Module) -> list[LoraPair]:
         if isinstance(module, LoraLayer) and ADAPTER in module.lora_A:
             lora_A: Any = module.lora_A[ADAPTER]
             lora_B: Any = module.lora_B[ADAPTER]
-            magnitudes: Any = module.lora_magnitude_vector
-            magnitude = magnitudes[ADAPTER].weight if ADAPTER in magnitudes else None
+            magnitudes: Any = module.lora_magnitude_vector  # None in peft 0.10 before any layer has DoRA
+            magnitude = magnitudes[ADAPTER].weight if module.use_dora[ADAPTER] else None
             pairs.append(LoraPair(name, lora_A.weight, lora_B.weight, magnitude, module))
     return pairs
 

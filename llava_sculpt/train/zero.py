@@ -59,6 +59,13 @@ def nonzero_entries(parameters: Iterable[nn.Parameter]) -> int:
     return whole + in_pieces
 
 
+def start_gloo() -> None:
+    """Set up DeepSpeed's communication on the CPU, in a process that a launcher has started."""
+    import deepspeed
+
+    deepspeed.comm.init_distributed(dist_backend="gloo")
+
+
 def engine_of_checkpoint(checkpoint: Path) -> tuple[int, int] | None:
     """(ZeRO stage, processes) that wrote a checkpoint, None if DeepSpeed did not. DeepSpeed's file names tell."""
     processes = len(list(checkpoint.glob("global_step*/*zero_pp_rank_*_optim_states.pt")))
