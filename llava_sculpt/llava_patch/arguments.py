@@ -16,11 +16,14 @@ from llava_sculpt.errors import UserError
 
 @dataclass
 class TrainingArguments(SculptArguments, llava_train.TrainingArguments):
-    """All of LLaVA's training flags, `--method` and `--sculpt_*`.
+    """All of LLaVA's training flags, `--method` and `--sculpt_*`. `deepspeed` becomes the content of its file.
 
     Raises:
         UserError: settings that this front end cannot honour, all at once.
     """
+
+    deepspeed: Any = None
+    gradient_checkpointing_kwargs: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         problems = self.problems()

@@ -40,18 +40,19 @@ def main() -> int:
 
 def _patch() -> None:
     """Replace the module globals that LLaVA's train() reads."""
-    import transformers.trainer
     from llava.train import train as original
+    from transformers import trainer as transformers_trainer
 
     from llava_sculpt.llava_patch.arguments import TrainingArguments
     from llava_sculpt.llava_patch.trainer import load_engine_checkpoint, make_trainer
 
     module: Any = original
+    trainer_module: Any = transformers_trainer
     module.TrainingArguments = TrainingArguments
     module.LLaVATrainer = make_trainer
     # The original's imports DeepSpeed, also where nothing else needs it, at the end of the training.
     module.maybe_zero_3 = lambda parameter, **_: parameter.detach().cpu().clone()
-    transformers.trainer.deepspeed_load_checkpoint = load_engine_checkpoint
+    trainer_module.deepspeed_load_checkpoint = load_engine_checkpoint
 
 
 def _start_processes(argv: list[str]) -> None:

@@ -6,15 +6,17 @@ front end (`train/mixin.py`); here is only what the older Trainer lacks.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from llava.train.llava_trainer import LLaVATrainer
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from llava_sculpt.errors import UserError
+from llava_sculpt.llava_patch.arguments import TrainingArguments
 from llava_sculpt.train.mixin import LossTerm, SculptMixin
 
 # The original's names; its connector never has LoRA, so Eq. 10 has nothing to act on.
@@ -24,7 +26,7 @@ CONNECTOR_FILE = "non_lora_trainables.bin"
 
 
 class PatchedTrainer(LossTerm, LLaVATrainer):
-    """LLaVATrainer whose learning rates are used, whose checkpoints are complete, and whose engine is the one asked for.
+    """LLaVATrainer with the learning rates that were given, complete checkpoints, and the engine that was asked for.
 
     Takes what LLaVA's train() gives it. The model is a PEFT model with LoRA.
 
@@ -42,6 +44,8 @@ class PatchedTrainer(LossTerm, LLaVATrainer):
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
         super().__init__(model=model, args=args, **kwargs)
+        if args.deepspeed:  # it accumulates by itself, and its no_sync refuses ZeRO-2
+            self.accelerator.no_sync = lambda model: nullcontext()
         self.add_callback(_Engine(self))
 
     @property
@@ -56,8 +60,8 @@ class PatchedTrainer(LossTerm, LLaVATrainer):
         connector trains with LoRA's.
         """
         if self.optimizer is None:
-            groups = super().create_optimizer().param_groups
-            groups[:] = [group for group in groups if group["params"]]
+            optimizer = super().create_optimizer()
+            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return self.optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -83,8 +87,8 @@ class PatchedTrainer(LossTerm, LLaVATrainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         # The file holds numpy's state beside tensors, which torch does not unpickle by itself any more.
-        state = np.random.get_state()[1]
-        allowed: list[Any] = [np.core.multiarray._reconstruct, np.ndarray, np.dtype, type(state.dtype)]
+        core: Any = np.core
+        allowed: list[Any] = [core.multiarray._reconstruct, np.ndarray, np.dtype, np.dtypes.UInt32DType]
         with torch.serialization.safe_globals(allowed):
             super()._load_rng_state(checkpoint)
 
@@ -99,7 +103,7 @@ class SculptTrainer(SculptMixin, PatchedTrainer):
             self.masking.save(Path(self.args.output_dir))
 
 
-def make_trainer(model: Any, args: Any, **kwargs: Any) -> PatchedTrainer:
+def make_trainer(model: Any, args: TrainingArguments, **kwargs: Any) -> PatchedTrainer:
     """The trainer of `--method`, called by LLaVA's train() in place of LLaVATrainer."""
     if args.method == "lora":
         return PatchedTrainer(model=model, args=args, **kwargs)
@@ -131,9 +135,7 @@ class _Engine(TrainerCallback):
     def __init__(self, trainer: PatchedTrainer) -> None:
         self.trainer = trainer
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         engine = type(self.trainer.model_wrapped).__name__
         # Under accelerate 0.28 a DeepSpeed that is not set up in time is silently replaced by DDP.
         if args.deepspeed and engine != "DeepSpeedEngine":

@@ -9,19 +9,19 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from llava_sculpt.errors import UserError
 from llava_sculpt.model.checkpoint import BaseCheckpoint
+from llava_sculpt.model.files import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
+    CONNECTOR_FILE,
+    RUN_FILE,
+    read_tensors,
+)
 from llava_sculpt.model.lora import connector_weights, lora_pairs
-
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_FILE = "adapter_model.safetensors"
-CONNECTOR_FILE = "connector.safetensors"
-MASKS_FILE = "sculpt_masks.safetensors"
-RUN_FILE = "run.json"
 
 
 def save_adapter(model: PeftModel, folder: Path, state: dict[str, torch.Tensor], base_name: str) -> None:
@@ -59,20 +59,6 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: no {ADAPTER_CONFIG}: not an adapter folder") from error
     except ValueError as error:
         raise UserError(f"{file}: not readable as JSON: {error}") from error
-
-
-def read_tensors(file: Path) -> dict[str, torch.Tensor]:
-    """Read one safetensors file.
-
-    Raises:
-        UserError: missing, truncated or damaged.
-    """
-    try:
-        return load_file(str(file))
-    except FileNotFoundError as error:
-        raise UserError(f"{file}: missing") from error
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: truncated or damaged ({error})") from error
 
 
 def load_connector(model: nn.Module, folder: Path) -> None:

@@ -16,17 +16,9 @@ from safetensors.torch import save_file
 
 from llava_sculpt.errors import UserError
 from llava_sculpt.methods import dropped_delta, post_pruned
-from llava_sculpt.model.adapter import (
-    ADAPTER_CONFIG,
-    ADAPTER_FILE,
-    CONNECTOR_FILE,
-    RUN_FILE,
-    check_base,
-    read_adapter_config,
-    read_run,
-    read_tensors,
-)
+from llava_sculpt.model.adapter import check_base, read_adapter_config, read_run
 from llava_sculpt.model.checkpoint import BaseCheckpoint, find_base_checkpoint
+from llava_sculpt.model.files import ADAPTER_CONFIG, ADAPTER_FILE, CONNECTOR_FILE, RUN_FILE, read_tensors
 from llava_sculpt.model.layout import memory_name
 from llava_sculpt.model.lora import CONNECTOR
 from llava_sculpt.model.merge import WeightUpdate, check_shapes, rewrite_checkpoint, weight_updates

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_sculpt.errors import UserError
-from llava_sculpt.model.adapter import ADAPTER_CONFIG, ADAPTER_FILE, MASKS_FILE, read_tensors
+from llava_sculpt.model.files import ADAPTER_CONFIG, ADAPTER_FILE, MASKS_FILE, read_tensors
 from llava_sculpt.sculpt import density, expected_density, product_density
 
 _PREFIX = "base_model.model."

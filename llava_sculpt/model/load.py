@@ -17,8 +17,9 @@ from transformers.utils import is_bitsandbytes_available
 from llava_sculpt.data.images import ImagePreprocessor
 from llava_sculpt.data.tokenizer import LlavaTokenizer
 from llava_sculpt.errors import UserError
-from llava_sculpt.model.adapter import ADAPTER_CONFIG, ADAPTER_FILE, CONNECTOR_FILE, RUN_FILE, load_adapter
+from llava_sculpt.model.adapter import load_adapter
 from llava_sculpt.model.checkpoint import BaseCheckpoint, find_base_checkpoint
+from llava_sculpt.model.files import ADAPTER_CONFIG, ADAPTER_FILE, CONNECTOR_FILE, RUN_FILE
 from llava_sculpt.model.lora import lora_pairs
 from llava_sculpt.records import file_sha256
 

@@ -12,16 +12,9 @@ from typing import Any
 import torch
 
 from llava_sculpt.errors import UserError
-from llava_sculpt.model.adapter import (
-    ADAPTER_CONFIG,
-    ADAPTER_FILE,
-    CONNECTOR_FILE,
-    changes_anything,
-    check_base,
-    read_adapter_config,
-    read_tensors,
-)
+from llava_sculpt.model.adapter import changes_anything, check_base, read_adapter_config
 from llava_sculpt.model.checkpoint import BaseCheckpoint, find_base_checkpoint
+from llava_sculpt.model.files import ADAPTER_CONFIG, ADAPTER_FILE, CONNECTOR_FILE, read_tensors
 from llava_sculpt.model.layout import LANGUAGE, PROJECTOR, memory_name
 from llava_sculpt.model.processor import complete_processor
 from llava_sculpt.model.shards import Stored, copy_files, stored_tensors, weight_files, write_folder

@@ -27,16 +27,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from llava_sculpt.errors import UserError
-from llava_sculpt.model.adapter import (
-    ADAPTER_CONFIG,
-    ADAPTER_FILE,
-    CONNECTOR_FILE,
-    MASKS_FILE,
-    RUN_FILE,
-    read_adapter_config,
-    read_run,
-    read_tensors,
-)
+from llava_sculpt.model.adapter import read_adapter_config, read_run
+from llava_sculpt.model.files import ADAPTER_CONFIG, ADAPTER_FILE, CONNECTOR_FILE, MASKS_FILE, RUN_FILE, read_tensors
 from llava_sculpt.model.shards import publish_with, save_tensors
 from llava_sculpt.records import write_json
 

@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers import TrainingArguments as HfTrainingArguments
 
 from llava_sculpt.errors import UserError
-from llava_sculpt.model.adapter import ADAPTER_FILE, MASKS_FILE, read_tensors
+from llava_sculpt.model.files import ADAPTER_FILE, MASKS_FILE, read_tensors
 from llava_sculpt.model.lora import LoraPair
 from llava_sculpt.sculpt import SculptSchedule, kept_count, magnitude_mask
 from llava_sculpt.train.zero import full_value, nonzero_entries, write_masked

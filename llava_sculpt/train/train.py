@@ -30,8 +30,9 @@ from llava_sculpt.data.dataset import LlavaDataset, validate_dataset
 from llava_sculpt.data.images import ImagePreprocessor
 from llava_sculpt.data.tokenizer import LlavaTokenizer
 from llava_sculpt.errors import UserError
-from llava_sculpt.model.adapter import ADAPTER_FILE, RUN_FILE, read_run, read_tensors
+from llava_sculpt.model.adapter import read_run
 from llava_sculpt.model.checkpoint import BaseCheckpoint, find_base_checkpoint
+from llava_sculpt.model.files import ADAPTER_FILE, RUN_FILE, read_tensors
 from llava_sculpt.model.load import check_bits, load_base
 from llava_sculpt.model.lora import inject_lora
 from llava_sculpt.records import file_sha256, versions, write_json

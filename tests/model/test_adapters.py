@@ -19,9 +19,9 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from llava_sculpt.cli import main
 from llava_sculpt.errors import UserError
 from llava_sculpt.model import delta as delta_module
-from llava_sculpt.model.adapter import ADAPTER_CONFIG, ADAPTER_FILE, CONNECTOR_FILE, MASKS_FILE
 from llava_sculpt.model.convert import convert_adapter, convert_checkpoint
 from llava_sculpt.model.delta import SparseDelta
+from llava_sculpt.model.files import ADAPTER_CONFIG, ADAPTER_FILE, CONNECTOR_FILE, MASKS_FILE
 from llava_sculpt.model.load import load_for_inference
 from llava_sculpt.model.lora import LLM_TARGETS
 from llava_sculpt.model.merge import WeightUpdate, bits, merge_adapter

@@ -19,8 +19,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llava_sculpt.model.adapter import ADAPTER_FILE, CONNECTOR_FILE, MASKS_FILE
 from llava_sculpt.model.checkpoint import find_base_checkpoint
+from llava_sculpt.model.files import ADAPTER_FILE, CONNECTOR_FILE, MASKS_FILE
 from llava_sculpt.model.load import load_base
 from tests.train.test_resume import cut_off_after
 from tests.train.test_training import log_of, same_files

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llava_sculpt.model.adapter import ADAPTER_FILE, CONNECTOR_FILE, MASKS_FILE, RUN_FILE
+from llava_sculpt.model.files import ADAPTER_FILE, CONNECTOR_FILE, MASKS_FILE, RUN_FILE
 from tests.train.conftest import Train
 from tests.train.test_training import log_of, same_files
 

@@ -1,0 +1,31 @@
+"""The files of a run's folder. Imports nothing that differs between versions of transformers and peft."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from llava_sculpt.errors import UserError
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILE = "adapter_model.safetensors"
+CONNECTOR_FILE = "connector.safetensors"
+MASKS_FILE = "sculpt_masks.safetensors"
+RUN_FILE = "run.json"
+
+
+def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """Read one safetensors file.
+
+    Raises:
+        UserError: missing, truncated or damaged.
+    """
+    try:
+        return load_file(str(file))
+    except FileNotFoundError as error:
+        raise UserError(f"{file}: missing") from error
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: truncated or damaged ({error})") from error
