@@ -34,6 +34,9 @@ class PatchedTrainer(LossTerm, LLaVATrainer):
         UserError: a setting under which LoRA would not train.
     """
 
+    # This version of the Trainer divides every micro-batch's loss by their number.
+    loss_is_scaled_for_ga = False
+
     def __init__(self, model: Any, args: TrainingArguments, **kwargs: Any) -> None:
         if args.tune_mm_mlp_adapter:
             raise UserError("tune_mm_mlp_adapter: freezes LoRA; leave it out (the connector trains beside LoRA)")
@@ -50,7 +53,7 @@ class PatchedTrainer(LossTerm, LLaVATrainer):
 
     @property
     def current_gradient_accumulation_steps(self) -> int:
-        """What this version of the Trainer divides every micro-batch's loss by."""
+        """Micro-steps of an optimizer step."""
         return self.args.gradient_accumulation_steps
 
     def create_optimizer(self) -> torch.optim.Optimizer:

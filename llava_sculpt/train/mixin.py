@@ -6,7 +6,7 @@
     trainer = MyTrainer(model, args=..., peft_config=..., sculpt=SculptConfig(density=0.1, warmup_steps=100))
 
 LLaVA's own trainers, here and in `llava_patch`, are made of the same parts. They use nothing that transformers 4.37
-does not have, except `current_gradient_accumulation_steps`.
+does not have, except the two attributes that say how the loss is divided under gradient accumulation.
 """
 
 from __future__ import annotations
@@ -51,9 +51,7 @@ class LossTerm(_Base):
         if not model.training:
             return result
         loss = result[0] if return_outputs else result
-        # A sum over the step's tokens stays as it is; the Trainer divides a mean of the micro-batch by their number.
-        in_whole_step = (args[0] if args else kwargs.get("num_items_in_batch")) is not None
-        divisor = 1 if in_whole_step else self.current_gradient_accumulation_steps
+        divisor = self._loss_divisor(args[0] if args else kwargs.get("num_items_in_batch"))
         self._task_loss = self._task_loss + loss.detach() / divisor
         if not self.accelerator.sync_gradients:
             return result
@@ -63,6 +61,15 @@ class LossTerm(_Base):
             return result
         loss = loss + penalty * divisor
         return (loss, result[1]) if return_outputs else loss
+
+    def _loss_divisor(self, num_items_in_batch: torch.Tensor | int | None) -> int:
+        """What the Trainer divides the result of `compute_loss` by: the number of micro-steps, unless it is a part of
+        the whole step's mean already. (The rule of `Trainer.training_step`.)"""
+        scaled = self.loss_is_scaled_for_ga
+        if scaled is None:
+            by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            scaled = by_model or self.compute_loss_func is not None
+        return 1 if scaled else self.current_gradient_accumulation_steps
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the task's loss and the value of the regularizer to what the Trainer logs of training."""

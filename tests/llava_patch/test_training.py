@@ -146,13 +146,14 @@ def assert_same_run(theirs: Path, ours: Path) -> None:
     masks, own_masks = load_file(theirs / MASKS_FILE), load_file(ours / MASKS_FILE)
     masks = {key_of_original(key): value for key, value in masks.items()}
     assert masks.keys() == own_masks.keys()
+    # Rounding decides between entries of nearly equal magnitude.
     different = sum(int((masks[key] != own_masks[key]).sum()) for key in masks)
-    assert different <= 1e-3 * sum(mask.sum() for mask in masks.values())
+    assert different <= 1e-3 * sum(int(mask.sum()) for mask in masks.values())
     saved, own = load_file(theirs / ADAPTER_FILE), load_file(ours / ADAPTER_FILE)
     saved = {key_of_original(key): value for key, value in saved.items()}
     assert saved.keys() == own.keys()
-    squares = sum(float((saved[key] - own[key]).square().sum()) for key in own)
-    assert squares <= 1e-6 * sum(float(value.square().sum()) for value in own.values())
+    for key, mask in masks.items():
+        assert (saved[key] - own[key])[mask & own_masks[key]].abs().max() <= 1e-3
     connector = {key_of_original(key): value for key, value in connector_of(theirs).items()}
     expected = load_file(ours / CONNECTOR_FILE)
     assert {key.removeprefix("base_model.model.") for key in connector} == expected.keys()
