@@ -3,8 +3,11 @@
 PYTHON ?= python3
 TORCH_ARGS ?=
 BIN := .venv/bin
+# The original LLaVA package wants versions of its own, and Python 3.11 or older.
+LLAVA_PYTHON ?= python3.11
+LLAVA := .venv-llava/bin
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint bench tiny-model clean
+.PHONY: help setup demo test test-all parity lint bench tiny-model clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -28,6 +31,18 @@ test: setup  ## the fast tests (at most 10 minutes on two cores)
 test-all: setup  ## every test, the slow ones too
 	$(BIN)/python -m pytest -m ""
 
+parity: setup $(LLAVA)/.ready  ## compare with the original LLaVA package, in an environment of its own (1.2 GB)
+	$(BIN)/python -m pytest -m "" tests/llava_patch
+
+$(LLAVA)/.ready: constraints-llava.txt
+	$(LLAVA_PYTHON) -m venv .venv-llava
+	$(LLAVA)/python -m pip install --quiet --upgrade "pip>=24" wheel "setuptools<81"
+	$(LLAVA)/python -m pip install --quiet torch==2.13.0 $(TORCH_ARGS)
+	$(LLAVA)/python -m pip install --quiet --no-deps llava-torch==1.2.2.post1
+	$(LLAVA)/python -m pip install --quiet -r constraints-llava.txt
+	$(LLAVA)/python -c "import llava.train.train"
+	touch $@
+
 lint: setup  ## ruff, mypy, YAML and shell scripts
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -41,6 +56,6 @@ bench: setup  ## speed and memory as ratios against named baselines
 tiny-model: setup  ## rebuild data/tiny_llava (about half an hour on two cores)
 	$(BIN)/python -m llava_sculpt.tiny.pretrain --out data/tiny_llava
 
-clean:  ## remove generated data, runs and caches (not .venv)
+clean:  ## remove generated data, runs and caches (not .venv and .venv-llava)
 	rm -rf runs data/tiny build .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

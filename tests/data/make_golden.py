@@ -1,12 +1,9 @@
 """Fill a golden file with what the original LLaVA package makes of its records and prompts.
 
-The package needs an environment of its own (Python 3.11, no part of this project in it):
+The package needs an environment of its own, .venv-llava, which `make parity` builds (and then compares it live with the
+stored file: tests/llava_patch/). By hand:
 
-    pip install torch==2.13.0
-    pip install --no-deps llava-torch==1.2.2.post1
-    pip install transformers==4.37.2 tokenizers==0.15.1 accelerate==0.28.0 peft==0.10.0 "numpy<2" \
-        sentencepiece einops shortuuid requests pillow protobuf
-    python tests/data/make_golden.py [FILE]
+    .venv-llava/bin/python tests/data/make_golden.py [FILE]
 
 FILE (default: golden_llava.json beside this script) is read, and written again in place. It has "samples", each with
 a "record", and "prompts", each with "question" and "has_image". The script adds "input_ids", "labels" and, for a
