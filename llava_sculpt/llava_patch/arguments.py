@@ -22,10 +22,7 @@ class TrainingArguments(SculptArguments, llava_train.TrainingArguments):
         UserError: settings that this front end cannot honour, all at once.
     """
 
-    deepspeed: Any = None
-    gradient_checkpointing_kwargs: dict[str, Any] | None = None
-
-    def __post_init__(self) -> None:
+    def __post_init__(self: Any) -> None:
         problems = self.problems()
         if self.method not in ("sculpt", "lora"):
             problems.append(f"method: {self.method} runs in the main front end only (llava-sculpt train)")

@@ -67,6 +67,8 @@ def original(llava_python: Path, original_checkpoint: Path, even_data: Path) -> 
         "PYTHONPATH": str(ROOT),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
+        # DeepSpeed compiles an operator once for each version of it; the two environments have different ones.
+        "TORCH_EXTENSIONS_DIR": str(llava_python.parents[1] / "torch_extensions"),
         "PATH": f"{llava_python.parent}:{os.environ['PATH']}",
     }
 
