@@ -24,7 +24,8 @@ inner_step = torch.optim.AdamW.step
 
 
 def noting_step(self: torch.optim.AdamW, *args: Any, **kwargs: Any) -> Any:
-    used_rates[:] = [group["lr"] for group in self.param_groups]
+    # ZeRO steps its groups one after the other.
+    used_rates.extend(group["lr"] for group in self.param_groups)
     return inner_step(self, *args, **kwargs)
 
 
@@ -34,6 +35,7 @@ class Probe(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.steps.append({"rates": list(used_rates), "off_mask": self.off_mask(kwargs["optimizer"])})
+        used_rates.clear()
 
     def off_mask(self, optimizer: Any) -> float:
         largest = 0.0
