@@ -34,7 +34,7 @@ def test_a_list_stands_for_all_combinations_and_none_twice(tmp_path: Path) -> No
 
 
 def test_everything_wrong_is_reported_together(tmp_path: Path) -> None:
-    file = write(tmp_path, "task: vqa\nsplit: train\nruns:\n  - {method: dora, seed: 1}\n  - {method: lora}\n")
+    file = write(tmp_path, "task: vqa\nsplit: train\nruns:\n  - {method: adapter, seed: 1}\n  - {method: lora}\n")
     with pytest.raises(UserError) as caught:
         read_grid(file)
     assert [problem.split(": ")[1] for problem in caught.value.problems] == [
