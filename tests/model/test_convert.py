@@ -105,7 +105,7 @@ def test_every_fault_is_told_at_once(copy: Path, tmp_path: Path) -> None:
         "model.language_model.norm.weight is missing",
         "model.multi_modal_projector.linear_2.bias is missing",
         "unexpected weight model.language_model.extra.weight",
-        "up_proj.weight is [3, 3], config.json says [64, 32]",
+        "up_proj.weight is [3, 3], config.json says [128, 64]",
     ):
         assert part in told
     assert not (tmp_path / "hf").exists()
