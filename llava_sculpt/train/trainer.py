@@ -169,11 +169,6 @@ class _StepFacts(TrainerCallback):
     def __init__(self, trainer: LLaVATrainer) -> None:
         self.trainer = trainer
 
-    def on_train_begin(
-        self, args: HfTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer._task_loss_since = state.global_step  # not 0 in a run that continues
-
     def on_epoch_begin(
         self, args: HfTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

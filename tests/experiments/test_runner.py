@@ -39,22 +39,6 @@ def undisturbed(
     return results_of(study), time.monotonic() - started
 
 
-def check_kills(study: Path, undisturbed: tuple[dict[str, str], float], kills: int, seed: int) -> None:
-    expected, seconds = undisturbed
-    write_grid(study, "mini", ENTRIES)
-    rng = random.Random(seed)
-    for _ in range(kills):
-        process = start(study, "mini")
-        try:
-            process.communicate(timeout=rng.uniform(0, seconds))
-        except subprocess.TimeoutExpired:
-            kill(process)
-    process = start(study, "mini")
-    output = process.communicate(timeout=300)[0]
-    assert process.returncode == 0, output
-    assert results_of(study) == expected
-
-
 def test_results_are_whole(undisturbed: tuple[dict[str, str], float]) -> None:
     results = {name: json.loads(text) for name, text in undisturbed[0].items()}
     by_method = {content["run"]["method"]: content for content in results.values()}
@@ -80,14 +64,23 @@ def test_results_are_whole(undisturbed: tuple[dict[str, str], float]) -> None:
         assert density_A <= 0.1 and density_B <= 0.1 and density_BA > 0 and 0 < bound < 1
 
 
-def test_killed_twice(live_study: Path, undisturbed: tuple[dict[str, str], float]) -> None:
-    check_kills(live_study, undisturbed, 2, seed=0)
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_killed_twenty_times(live_study: Path, undisturbed: tuple[dict[str, str], float]) -> None:
-    check_kills(live_study, undisturbed, 20, seed=1)
+    """SIGKILL at random moments of the time that the whole takes."""
+    expected, seconds = undisturbed
+    write_grid(live_study, "mini", ENTRIES)
+    rng = random.Random(1)
+    for _ in range(20):
+        process = start(live_study, "mini")
+        try:
+            process.communicate(timeout=rng.uniform(0, seconds))
+        except subprocess.TimeoutExpired:
+            kill(process)
+    process = start(live_study, "mini")
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    assert results_of(live_study) == expected
 
 
 def test_a_half_training_is_continued_and_done_runs_are_not_touched(
