@@ -12,6 +12,7 @@ import pytest
 from llava_sculpt.cli import _METHODS, main
 from llava_sculpt.config import METHODS, parse_config
 from llava_sculpt.experiments import finetune
+from llava_sculpt.experiments.grid import config_file, read_mapping
 from tests.train.conftest import flags, train  # noqa: F401
 
 
@@ -62,11 +63,13 @@ def test_every_method_is_one_flag_of_a_committed_recipe(
     monkeypatch.setitem(finetune.DATA, "tiny", tmp_path)
     configs = []
     monkeypatch.setattr(finetune, "train_main", lambda argv: configs.append(parse_config(argv)) or 0)
-    assert finetune._train("iconqa", "tiny", method, 16, 7, tmp_path / "run", ["--reg_lambda", "0.5"]) == 0
+    recipe = config_file("tiny", "iconqa", method)
+    told = ["--method", method, "--lora_r", "16", "--seed", "7", "--reg_lambda", "0.5"]
+    assert finetune.launch_training("iconqa", "tiny", recipe, tmp_path / "run", told) == 0
     (config,) = configs
     assert (config.sculpt.method, config.model.lora_r, config.training.seed) == (method, 16, 7)
     assert config.sculpt.reg_lambda == 0.5
-    assert config.training.learning_rate == (4e-3 if method == "sculpt" else 7e-4)
+    assert config.training.learning_rate == read_mapping(recipe)["learning_rate"]
 
 
 def test_inspect_tells_densities(train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811

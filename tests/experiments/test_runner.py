@@ -132,6 +132,7 @@ def test_what_is_wrong_with_a_training_is_told_before_any_run(live_study: Path) 
     assert not (live_study / "results").exists()
 
 
+@pytest.mark.slow
 def test_results_of_other_data_are_done_again(live_study: Path) -> None:
     write_grid(live_study, "mini", [{"method": "zero_shot"}])
     assert "1 jobs done" in start(live_study, "mini").communicate(timeout=120)[0]
