@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from llava_sculpt.errors import UserError
-from llava_sculpt.train.zero import start_gloo
+from llava_sculpt.train.zero import leave_together, start_gloo
 
 
 def main() -> int:
@@ -31,6 +31,7 @@ def main() -> int:
         from llava.train import train as original
 
         original.train()
+        leave_together()
     except UserError as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors.torch import save_file
 from torch import nn
 
 from llava_sculpt.errors import UserError
@@ -20,6 +19,7 @@ from llava_sculpt.model.files import (
     CONNECTOR_FILE,
     RUN_FILE,
     read_tensors,
+    write_tensors,
 )
 from llava_sculpt.model.lora import connector_weights, lora_pairs
 
@@ -41,9 +41,11 @@ def save_adapter(model: PeftModel, folder: Path, state: dict[str, torch.Tensor],
     }
     # No look at the embeddings: they are not trained, and the look would ask the Hub for the base model.
     model.save_pretrained(str(folder), state_dict=lora, save_embedding_layers=False)
+    # The library makes files that only their owner can read.
+    (folder / ADAPTER_FILE).chmod((folder / ADAPTER_CONFIG).stat().st_mode)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours is written when the run ends
     if connector:
-        save_file(connector, str(folder / CONNECTOR_FILE), metadata={"format": "pt"})
+        write_tensors(folder / CONNECTOR_FILE, connector)
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:

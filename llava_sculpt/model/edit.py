@@ -12,13 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from llava_sculpt.errors import UserError
 from llava_sculpt.methods import dropped_delta, post_pruned
 from llava_sculpt.model.adapter import check_base, read_adapter_config, read_run
 from llava_sculpt.model.checkpoint import BaseCheckpoint, find_base_checkpoint
-from llava_sculpt.model.files import ADAPTER_CONFIG, ADAPTER_FILE, CONNECTOR_FILE, RUN_FILE, read_tensors
+from llava_sculpt.model.files import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
+    CONNECTOR_FILE,
+    RUN_FILE,
+    read_tensors,
+    write_tensors,
+)
 from llava_sculpt.model.layout import memory_name
 from llava_sculpt.model.lora import CONNECTOR
 from llava_sculpt.model.merge import WeightUpdate, check_shapes, rewrite_checkpoint, weight_updates
@@ -54,7 +60,7 @@ def post_prune(adapter: Path, out: Path, density: float) -> None:
     shutil.rmtree(aside, ignore_errors=True)  # left by a kill
     try:
         aside.mkdir(parents=True)
-        save_file(pruned, aside / ADAPTER_FILE, metadata={"format": "pt"})
+        write_tensors(aside / ADAPTER_FILE, pruned)
         for name in (ADAPTER_CONFIG, CONNECTOR_FILE, RUN_FILE):
             if (adapter / name).is_file():
                 shutil.copyfile(adapter / name, aside / name)

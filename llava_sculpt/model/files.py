@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 from llava_sculpt.errors import UserError
+from llava_sculpt.records import write_atomically
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -29,3 +30,11 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
         raise UserError(f"{file}: missing") from error
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: truncated or damaged ({error})") from error
+
+
+def write_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write one safetensors file, whole or not there, with the permissions of the user's other files.
+
+    (The library's own `save_file` makes files that only their owner can read.)
+    """
+    write_atomically(file, save(tensors, metadata={"format": "pt"}))

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from safetensors.torch import save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers import TrainingArguments as HfTrainingArguments
 
 from llava_sculpt.errors import UserError
-from llava_sculpt.model.files import ADAPTER_FILE, MASKS_FILE, read_tensors
+from llava_sculpt.model.files import ADAPTER_FILE, MASKS_FILE, read_tensors, write_tensors
 from llava_sculpt.model.lora import LoraPair
 from llava_sculpt.sculpt import SculptSchedule, kept_count, magnitude_mask
 from llava_sculpt.train.zero import full_value, nonzero_entries, write_masked
@@ -78,7 +77,7 @@ class SculptCallback(TrainerCallback):
     def save(self, folder: Path) -> None:
         """Write the masks made so far (bool tensors under the adapter's own keys); nothing before the mask step."""
         if self.masks:
-            save_file({key: mask.cpu() for key, mask in self.masks.items()}, str(folder / MASKS_FILE))
+            write_tensors(folder / MASKS_FILE, {key: mask.cpu() for key, mask in self.masks.items()})
 
     def _load(self, checkpoint: Path, device: torch.device) -> None:
         """Take up the masks of a checkpoint (none before the mask step), after `check_masks` has passed it."""

@@ -41,7 +41,7 @@ from llava_sculpt.train.callback import check_masks
 from llava_sculpt.train.plan import check_fits, make_plan, optimizer_steps
 from llava_sculpt.train.runs import checkpoint_step, last_checkpoint, open_run
 from llava_sculpt.train.trainer import LLaVASculptTrainer, LLaVATrainer
-from llava_sculpt.train.zero import engine_of_checkpoint
+from llava_sculpt.train.zero import engine_of_checkpoint, leave_together
 
 INTERRUPTED = 130  # the shell's exit code for ctrl-C
 
@@ -132,6 +132,7 @@ def train(config: Config, arguments: Sequence[str]) -> int:
                 f"{output_dir}: the run is finished and saved, but could not be uploaded: {error}. "
                 f"By hand: hf upload REPOSITORY {output_dir} --exclude 'checkpoint-*'"
             ) from error
+    leave_together()
     return 0
 
 

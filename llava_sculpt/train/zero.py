@@ -66,6 +66,16 @@ def start_gloo() -> None:
     deepspeed.comm.init_distributed(dist_backend="gloo")
 
 
+def leave_together() -> None:
+    """Wait until every process is done, then end their communication. Call it last; one process alone does nothing.
+
+    A process that exits with it open may abort, and the launcher then ends the others, also the one that still saves.
+    """
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def engine_of_checkpoint(checkpoint: Path) -> tuple[int, int] | None:
     """(ZeRO stage, processes) that wrote a checkpoint, None if DeepSpeed did not. DeepSpeed's file names tell."""
     processes = len(list(checkpoint.glob("global_step*/*zero_pp_rank_*_optim_states.pt")))

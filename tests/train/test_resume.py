@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from llava_sculpt.model.files import ADAPTER_FILE, CONNECTOR_FILE, MASKS_FILE, RUN_FILE
+from llava_sculpt.model.files import ADAPTER_FILE, CONNECTOR_FILE, MASKS_FILE, RUN_FILE, write_tensors
 from tests.train.conftest import Train
 from tests.train.test_training import log_of, same_files
 
@@ -99,11 +99,12 @@ def test_missing_foreign_and_damaged_files_are_refused(
 
     checkpoint = cut_off_after(7, with_checkpoints, tmp_path / "foreign") / "checkpoint-7"
     masks = load_file(checkpoint / MASKS_FILE)
-    save_file({k: m.flatten().roll(1).view(m.shape).contiguous() for k, m in masks.items()}, checkpoint / MASKS_FILE)
+    moved = {k: m.flatten().roll(1).view(m.shape).contiguous() for k, m in masks.items()}
+    write_tensors(checkpoint / MASKS_FILE, moved)
     refused("foreign", "does not belong to")
-    save_file({k: torch.ones_like(m) for k, m in masks.items()}, checkpoint / MASKS_FILE)
+    write_tensors(checkpoint / MASKS_FILE, {k: torch.ones_like(m) for k, m in masks.items()})
     refused("foreign", "another density")
-    save_file({k: m[:4].contiguous() for k, m in masks.items()}, checkpoint / MASKS_FILE)
+    write_tensors(checkpoint / MASKS_FILE, {k: m[:4].contiguous() for k, m in masks.items()})
     complete(checkpoint)
     refused("foreign", "another model or rank")
 

@@ -48,6 +48,11 @@ def test_same_seed_same_bytes_other_seed_other_bytes(train: Train, finished: Pat
     assert not same_files(finished, tmp_path / "other", (ADAPTER_FILE,))
 
 
+def test_what_a_run_leaves_is_readable_like_any_other_file(finished: Path) -> None:
+    modes = {file.name: file.stat().st_mode for file in finished.iterdir() if file.is_file()}
+    assert {ADAPTER_FILE, CONNECTOR_FILE, MASKS_FILE} < modes.keys() and len(set(modes.values())) == 1, modes
+
+
 def test_logs_hold_every_quantity(finished: Path) -> None:
     log = log_of(finished)
     assert len(log) == 18
