@@ -192,7 +192,7 @@ def frontier(rows: Sequence[Row]) -> Figure | None:
                 (x, x_half), (y, y_half) = row.mean("target") or (0, None), row.mean("source") or (0, None)
                 centres.append((x, y))
                 axes.errorbar(x, y, xerr=x_half, yerr=y_half, color=colour, linewidth=0.7, alpha=0.35, zorder=1)
-                size = 4 + 2.5 * ranked.index(row)
+                size = 6 + 2 * ranked.index(row)
                 axes.plot(
                     x,
                     y,

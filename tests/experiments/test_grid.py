@@ -169,7 +169,7 @@ class TestRepository:
             counts[row.task, row.run.method] = counts.get((row.task, row.run.method), 0) + 1
         if name == "select_edits":
             counts = {key: count for key, count in counts.items() if key[1] != "lora"}
-        assert set(counts.values()) == {8}
+        assert set(counts.values()) == {4}
 
 
 def finish(run: Any) -> None:

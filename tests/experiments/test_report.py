@@ -201,7 +201,7 @@ def test_choice_is_the_best_relative_score(here: Path) -> None:
     other = next(r for r in runs if r.method == "lora" and r.task == "coco")
     results[other.name]["scores"]["coco"] = {"source": 0.0, "target": 310.0, "avg": 155.0}
     chosen = choose(rows_of(runs, results))
-    assert len(chosen) == 10 and all(len(settings) == 8 for settings in chosen.values())
+    assert len(chosen) == 10 and all(len(settings) == 4 for settings in chosen.values())
     (best, score), *_ = chosen["coco", "sculpt"]
     zero_shot = results[runs[0].name]["scores"]["coco"]["source"]
     assert best.run.name == special.name and score == pytest.approx((97 / zero_shot + 300 / 310) / 2)
