@@ -12,8 +12,8 @@ machine that is busy with other work use --threads 1: otherwise what is measured
   released, fp32   the same with everything in fp32 (only where W is 16-bit)
 The floor is the time of the three thin fp32 products that any exact method needs: B A, Q A^T and B^T Q.
 
-A last table gives the peak extra memory for all of a 7B's Q, K and V (96 matrices of 4096 x 4096) in one backward pass
-by one process; with N processes each has every N-th. The release is measured on a few and counted up.
+Last comes the peak extra memory of a step over all of a 7B's Q, K and V (96 matrices of 4096 x 4096) in one process,
+with the regularizer as training adds it. The release is measured on a few matrices and counted up.
 """
 
 from __future__ import annotations
@@ -26,12 +26,16 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llava_sculpt.sculpt import Retention, conflict_penalty, conflict_penalty_total, prepared_penalty
+from llava_sculpt.config import SculptConfig
+from llava_sculpt.model.lora import LoraPair
+from llava_sculpt.sculpt import Retention, conflict_penalty, prepared_penalty
+from llava_sculpt.train.regularizer import ConflictRegularizer
 from results import write_results
 
 Penalty = Callable[[Tensor, Tensor], Tensor]
@@ -108,6 +112,16 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
+def keep_no_free_memory() -> None:
+    """Let every tensor come from the system and go back to it when freed (glibc only; slower from then on).
+
+    Otherwise the resident size also counts free gaps in the heap: over 96 matrices more than is in use.
+    """
+    m_mmap_threshold = -3
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(m_mmap_threshold, 2**16)
+
+
 def return_free_memory() -> None:
     """Give freed heap back to the system, so that reusing it counts as memory again (glibc only)."""
     with contextlib.suppress(OSError, AttributeError):
@@ -177,47 +191,60 @@ def measure(
 
 
 def measure_model(rank: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Peak extra memory over all matrices of a model. W does not count, so that all may share one."""
+    """Peak extra memory over all matrices of a model: the peak of a step with the term, less that of one without.
+
+    A loss that gives every A and B a gradient stands for the model. W does not count, so that all may share one.
+    """
+    keep_no_free_memory()
     side = 4096
     weight = (torch.randn(side, side, device=device) * 0.02).to(dtype)
-    retention = Retention.of(weight)
+    layer: Any = SimpleNamespace(get_base_layer=lambda: SimpleNamespace(weight=weight))
 
-    def peak_of(count: int, total: Callable[[list[tuple[Tensor, Tensor]]], Tensor]) -> float:
-        pairs = []
-        for _ in range(count):
-            lora_A = (torch.randn(rank, side, device=device) * 0.01).requires_grad_()
-            lora_B = (torch.randn(side, rank, device=device) * 0.01).requires_grad_()
-            lora_A.grad, lora_B.grad = torch.zeros_like(lora_A), torch.zeros_like(lora_B)  # LoRA has them anyway
-            pairs.append((lora_A, lora_B))
-        with PeakMemory(device) as peak:
-            total(pairs).backward()
-            wait(device)
-        return peak.bytes / MIB
+    def factor(*shape: int) -> torch.nn.Parameter:
+        return torch.nn.Parameter(torch.randn(*shape, device=device) * 0.01)
 
-    def ours(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
-        return conflict_penalty_total((A, B, weight, retention) for A, B in pairs)
+    def extra(count: int, make_term: Callable[[list[LoraPair]], Callable[[], Tensor | None]]) -> float:
+        pairs = [
+            LoraPair(f"layers.{n}.q_proj", factor(rank, side), factor(side, rank), None, layer) for n in range(count)
+        ]
+        factors = [factor for pair in pairs for factor in (pair.lora_A, pair.lora_B)]
+        term = make_term(pairs)
 
-    def released(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
-        return torch.stack([released_penalty(A, B, weight) for A, B in pairs]).mean()
+        def peak_of(with_term: bool) -> int:
+            for parameter in factors:
+                parameter.grad = None
+            with PeakMemory(device) as peak:
+                added = term() if with_term else None
+                loss = torch.stack([torch.dot(f.flatten(), f.detach().flatten()) for f in factors]).sum()
+                (loss if added is None else loss + added).backward()
+                wait(device)
+            return peak.bytes
 
-    peak_of(1, ours), peak_of(1, released)  # libraries load on first use
-    two, six = peak_of(2, released), peak_of(6, released)
+        peak_of(True)  # libraries load on first use, constants of W are made
+        return (peak_of(True) - peak_of(False)) / MIB
+
+    def ours(pairs: list[LoraPair]) -> Callable[[], Tensor | None]:
+        return ConflictRegularizer(pairs, SculptConfig())
+
+    def released(pairs: list[LoraPair]) -> Callable[[], Tensor | None]:
+        return lambda: torch.stack([released_penalty(pair.lora_A, pair.lora_B, weight) for pair in pairs]).mean()
+
+    two, six = extra(2, released), extra(6, released)
     per_matrix = (six - two) / 4
     return {
         "matrices": MATRICES,
         "shape": [side, side],
         "rank": rank,
         "weight": str(dtype).removeprefix("torch."),
-        "ours_mib": {str(n): peak_of(MATRICES // n, ours) for n in (1, 2, 4)},
+        "ours_mib": extra(MATRICES, ours),
         "released_mib_per_matrix": per_matrix,
         "released_mib": six + (MATRICES - 6) * per_matrix,
     }
 
 
 def print_model(case: dict[str, Any]) -> None:
-    ours = ", ".join(f"{mib:.0f} ({n} process{'es' if n != '1' else ''})" for n, mib in case["ours_mib"].items())
     print(
-        f"{case['matrices']} matrices, {case['weight']}, r = {case['rank']}: peak MiB ours {ours}; "
+        f"{case['matrices']} matrices, {case['weight']}, r = {case['rank']}: peak MiB ours {case['ours_mib']:.0f}; "
         f"released {case['released_mib']:.0f} ({case['released_mib_per_matrix']:.0f} a matrix)",
         flush=True,
     )

@@ -57,12 +57,13 @@ class Step:
 
     def run(self, sculpt: bool) -> float:
         start = time.perf_counter()
+        term = self.regularizer() if sculpt else None
         loss = self.model(**self.batch).loss
-        if sculpt:
-            penalty = self.regularizer()
-            assert penalty is not None
-            loss = loss + 1e-3 * penalty
-        loss.backward()
+        if term is None:
+            loss.backward()
+        else:
+            (loss + term).backward()
+            self.regularizer.value()
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -8,8 +8,8 @@ docs/method.md has the table from equations to functions.
 from llava_sculpt.sculpt.cmr import (
     Norm,
     conflict_penalty,
-    conflict_penalty_total,
     conflict_terms,
+    penalty_and_gradients,
     prepared_penalty,
 )
 from llava_sculpt.sculpt.masks import kept_count, largest_entries, magnitude_mask
@@ -24,7 +24,6 @@ __all__ = [
     "SculptSchedule",
     "WeightPiece",
     "conflict_penalty",
-    "conflict_penalty_total",
     "conflict_terms",
     "density",
     "density_tail_bound",
@@ -35,6 +34,7 @@ __all__ = [
     "magnitude_mask",
     "partitioned_penalties",
     "partitioned_retentions",
+    "penalty_and_gradients",
     "prepared_penalty",
     "product_density",
     "retention_mask",

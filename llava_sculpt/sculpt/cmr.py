@@ -14,10 +14,8 @@ The LoRA scale ``lora_alpha / r`` is not part of B A here, as in the paper and i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
-from itertools import starmap
 from typing import Any, Literal
 
 import torch
@@ -75,14 +73,14 @@ def conflict_terms(
     return value, grad_A, grad_B
 
 
-class _ConflictPenalty(torch.autograd.Function):
-    """L with its gradients computed in the forward pass: r (p + q) float32 numbers are all that is kept."""
-
-    @staticmethod
-    def forward(ctx: Any, lora_A: Tensor, lora_B: Tensor, weight: Tensor, retention: Retention, norm: Norm) -> Tensor:
-        # L is homogeneous in A and in B. With each measured in units of its largest entry (a power of two, so
-        # this is exact) no product leaves float32's range, however small the adapter still is.
-        unit_A, unit_B = power_of_two_below(lora_A), power_of_two_below(lora_B)
+def penalty_and_gradients(
+    lora_A: Tensor, lora_B: Tensor, weight: Tensor, retention: Retention, norm: Norm = "fro"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``prepared_penalty`` and its gradients in A and B: float32 scalar, (r, q), (p, r). Not differentiable."""
+    # L is homogeneous in A and in B. With each measured in units of its largest entry (a power of two, so
+    # this is exact) no product leaves float32's range, however small the adapter still is.
+    unit_A, unit_B = power_of_two_below(lora_A), power_of_two_below(lora_B)
+    with torch.no_grad():
         value, grad_A, grad_B = conflict_terms(
             lora_A.float() / unit_A, lora_B.float() / unit_B, weight, retention, norm
         )
@@ -92,9 +90,18 @@ class _ConflictPenalty(torch.autograd.Function):
             slope = torch.where(value > 0, value.reciprocal(), 0).float()  # the subgradient 0 at L = 0
             grad_A.mul_(slope)
             grad_B.mul_(slope)
-        ctx.save_for_backward(grad_A.mul_(unit_B), grad_B.mul_(unit_A))
+        return (value * unit_A * unit_B).float(), grad_A.mul_(unit_B), grad_B.mul_(unit_A)
+
+
+class _ConflictPenalty(torch.autograd.Function):
+    """L with its gradients computed in the forward pass: r (p + q) float32 numbers are all that is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, lora_A: Tensor, lora_B: Tensor, weight: Tensor, retention: Retention, norm: Norm) -> Tensor:
+        value, *gradients = penalty_and_gradients(lora_A, lora_B, weight, retention, norm)
+        ctx.save_for_backward(*gradients)
         ctx.dtypes = lora_A.dtype, lora_B.dtype
-        return (value * unit_A * unit_B).float()
+        return value
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
@@ -133,27 +140,6 @@ def conflict_penalty(lora_A: Tensor, lora_B: Tensor, weight: Tensor, omega: floa
     """
     _check(lora_A, lora_B, weight, norm)
     return prepared_penalty(lora_A, lora_B, weight, Retention.of(weight, omega), norm)
-
-
-def conflict_penalty_total(
-    layers: Iterable[tuple[Tensor, Tensor, Tensor, Retention]],
-    norm: Norm = "fro",
-    reduction: Literal["mean", "sum"] = "mean",
-) -> Tensor:
-    """CMR over layers: ``layers`` yields (lora_A, lora_B, weight, retention).
-
-    "sum" is Eq. 8 and 10 as written; "mean" divides by the number of layers, as the authors' release does and
-    alpha = 1e-3 was tuned with. Returns a float32 scalar. The gradients of all layers, r (p + q) float32
-    numbers each, live until backward. Raises ValueError for no layers or an unknown reduction.
-    """
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}')
-    # A loop variable would keep the last W, maybe a dequantised copy, alive while the next is made.
-    penalties = list(starmap(partial(prepared_penalty, norm=norm), layers))
-    if not penalties:
-        raise ValueError("no layers to regularize")
-    stacked = torch.stack([penalty.to(penalties[0].device) for penalty in penalties])
-    return stacked.mean() if reduction == "mean" else stacked.sum()
 
 
 def power_of_two_below(x: Tensor) -> Tensor:

@@ -305,7 +305,7 @@ def optimizer_states(setup: Setup) -> int:
 
 
 def regularizer(setup: Setup) -> int:
-    """CMR: what is kept per matrix for good, its gradients until backward, and one tile's scratch."""
+    """CMR: what is kept per matrix for good, A, B and gradients of one matrix, and one tile's scratch."""
     sizes = setup.architecture
     matrices = sizes.regularized_matrices * sizes.layers if setup.regularized else []
     if setup.connector_regularized:
@@ -313,19 +313,19 @@ def regularizer(setup: Setup) -> int:
     if not matrices:
         return 0
     tables = len(matrices) * TABLE_BYTES if setup.half else 0
-    kept = 4 * _lora_entries(matrices, setup.lora_r)  # float32 gradients, held by autograd
-    gathered = 0
     if setup.stage == 3:
-        # Every process works on its pieces of all matrices, with their A and B gathered.
-        gathered = setup.width * _lora_entries(matrices, setup.lora_r)
-    else:  # every N-th matrix
-        tables, kept = _share(tables, setup.gpus), _share(kept, setup.gpus)
+        # Every process works on its pieces of all matrices, with their A and B gathered, and autograd holds their
+        # float32 gradients until backward.
+        gradients = (4 + setup.width) * _lora_entries(matrices, setup.lora_r)
+    else:  # every N-th matrix, in backward
+        tables = _share(tables, setup.gpus)
+        gradients = max(2 * 4 * _lora_entries([matrix], setup.lora_r) for matrix in matrices)  # A and B, in float32
     # Per tile three of these live at once: int32 codes twice, M, B A; all with 4 bytes an entry.
     tile = max(3 * 4 * min(TILE_ROWS, rows) * columns for rows, columns in matrices)
     # bitsandbytes dequantises 8 bits to float32, 4 bits to the model's precision.
     entry = {16: 0, 8: 4, 4: setup.width}[setup.bits]
     whole = entry * max(rows * columns for rows, columns in matrices)
-    return tables + kept + gathered + tile + whole
+    return tables + gradients + tile + whole
 
 
 def saved_activations(setup: Setup) -> int:

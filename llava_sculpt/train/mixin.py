@@ -40,26 +40,37 @@ class LossTerm(_Base):
     """
 
     regularizer: Regularizer | None = None
+    _with_term = False
     _task_loss: torch.Tensor | float = 0.0
     _task_steps = 0
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The Trainer's step; the loss that it returns gets the value of the term, which backward has computed."""
+        self._with_term = False
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        if self._with_term and self.regularizer is not None:
+            loss = loss + self.regularizer.value()
+        return loss
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
-        """The Trainer's loss, plus the term where it is due; evaluation is left alone."""
+        """The Trainer's loss, with the term's gradient (not its value) where it is due; evaluation is left alone."""
+        term = None
+        if model.training and self.accelerator.sync_gradients and self.regularizer is not None:
+            term = self.regularizer()  # before the forward pass, so that backward comes to it last
         result: Any = super().compute_loss(model, inputs, return_outputs, *args, **kwargs)
         if not model.training:
             return result
         loss = result[0] if return_outputs else result
         divisor = self._loss_divisor(args[0] if args else kwargs.get("num_items_in_batch"))
         self._task_loss = self._task_loss + loss.detach() / divisor
-        if not self.accelerator.sync_gradients:
+        if self.accelerator.sync_gradients:
+            self._task_steps += 1
+        if term is None:
             return result
-        self._task_steps += 1
-        penalty = self.regularizer() if self.regularizer is not None else None
-        if penalty is None:
-            return result
-        loss = loss + penalty * divisor
+        self._with_term = True
+        loss = loss + term * divisor
         return (loss, result[1]) if return_outputs else loss
 
     def _loss_divisor(self, num_items_in_batch: torch.Tensor | int | None) -> int:

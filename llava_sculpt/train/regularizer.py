@@ -1,14 +1,17 @@
 """What a method adds to the loss once per optimizer step, over a model's LoRA pairs, shared out over the processes.
 
-Two terms exist: conflict mitigation (Eq. 8-11) for LoRASculpt, and one penalty per matrix for L2-Reg and Orth-Reg. A
-process returns its share; the mean of the shares over the processes, which training takes of losses and gradients, is
-the whole term.
+Two terms exist: conflict mitigation (Eq. 8-11) for LoRASculpt, and one penalty per matrix for L2-Reg and Orth-Reg. The
+mean of the processes' gradients, which training takes, is that of the whole term.
+
+Only the gradients of a term are needed during a step, and its value is a by-product of them. So the term in the loss is
+a zero made before the model's forward: its part of backward then comes after the model's, when the activations are
+gone, one matrix after the other, and nothing is kept. The value is asked for afterwards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -21,9 +24,9 @@ from llava_sculpt.sculpt import (
     Norm,
     Retention,
     WeightPiece,
-    conflict_penalty_total,
     partitioned_penalties,
     partitioned_retentions,
+    penalty_and_gradients,
 )
 from llava_sculpt.train.zero import gathered, is_partitioned, local_piece
 
@@ -32,7 +35,13 @@ class Regularizer(Protocol):
     """A term of the loss that depends on the weights alone."""
 
     def __call__(self) -> torch.Tensor | None:
-        """This process's share, weighted and differentiable; None when nothing is added. Collective."""
+        """A zero with the gradient of this process's share, weighted; None when nothing is added.
+
+        To be called before the model's forward pass. Collective under ZeRO-3.
+        """
+
+    def value(self) -> torch.Tensor:
+        """The weighted value that the last backward pass went through, the same on every process. Collective."""
 
     def values(self) -> dict[str, float]:
         """The last unweighted values over all matrices, for the log; the same on every process."""
@@ -64,8 +73,8 @@ _PENALTIES: dict[str, Callable[[torch.Tensor, torch.Tensor, LoraPair], torch.Ten
 class SumRegularizer:
     """strength * sum of a penalty over all LoRA pairs, the connector's included: L2-Reg and Orth-Reg.
 
-    With N processes, process k computes every N-th matrix from the k-th on, weighted by N. Orth-Reg needs whole W: it
-    does not run with W in pieces (ZeRO-3), which is refused before training. L2-Reg then gathers A and B.
+    Orth-Reg needs whole W: it does not run with W in pieces (ZeRO-3), which is refused before training. L2-Reg then
+    gathers A and B, and every process computes all of it.
 
     Args:
         method: l2 or orth; the log has its value as `l2_penalty` or `orth_penalty`.
@@ -76,115 +85,174 @@ class SumRegularizer:
     def __init__(self, method: str, pairs: list[LoraPair], strength: float) -> None:
         self.pairs, self.strength = pairs, strength
         self._name, self._penalty = f"{method}_penalty", _PENALTIES[method]
+        self._sum = _SharedSum(pairs, self._terms)
         self._value = torch.zeros(())
 
     def __call__(self) -> torch.Tensor:
-        factors = [factor for pair in self.pairs for factor in (pair.lora_A, pair.lora_B)]
-        partitioned = is_partitioned(factors[0])
-        with gathered(factors) if partitioned else nullcontext():
+        if not is_partitioned(self.pairs[0].lora_A):
+            return self.strength * self._sum()
+        with gathered([factor for pair in self.pairs for factor in (pair.lora_A, pair.lora_B)]):
             # What autograd keeps must outlive the gather.
-            copied = torch.clone if partitioned else torch.nn.Identity()
-            share, self._value = _shared_out(self.pairs, lambda own: self._sum(own, copied))
-        return self.strength * share
+            penalties = [self._penalty(p.lora_A.clone(), p.lora_B.clone(), p) for p in self.pairs]
+            total = torch.stack(penalties).sum()
+        self._value = total.detach()
+        return self.strength * (total - self._value)
+
+    def value(self) -> torch.Tensor:
+        if not is_partitioned(self.pairs[0].lora_A):
+            self._value = self._sum.value()
+        return self.strength * self._value
 
     def values(self) -> dict[str, float]:
         return {self._name: float(self._value)}
 
-    def _sum(self, pairs: list[LoraPair], copied: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        return torch.stack([self._penalty(copied(p.lora_A), copied(p.lora_B), p) for p in pairs]).sum()
+    def _terms(self, pair: LoraPair) -> Sequence[torch.Tensor]:
+        with torch.enable_grad():
+            lora_A, lora_B = (factor.detach().requires_grad_() for factor in (pair.lora_A, pair.lora_B))
+            penalty = self._penalty(lora_A, lora_B, pair)
+            return penalty.detach(), *torch.autograd.grad(penalty, (lora_A, lora_B))
 
 
 class ConflictRegularizer:
     """alpha * CMR of the regularized layers (Eq. 8: the LLM's Q, K, V) plus beta * CMR of the connector's (Eq. 10).
 
-    With N processes that hold W whole (DDP, ZeRO-2), process k computes every N-th matrix from the k-th on, weighted
-    by N. With W in pieces (ZeRO-3) each computes all matrices on its own pieces. Either way the work is divided by N.
+    N processes that hold W whole (DDP, ZeRO-2) compute every N-th matrix each. With W in pieces (ZeRO-3) each computes
+    all matrices on its own pieces. Either way the work is divided by N.
 
     Args:
         pairs: every LoRA pair of the model.
         config: weights, omega, reduction, and the layers of each term.
 
     Attributes:
-        cmr_llm, cmr_connector: the last values over all matrices, unweighted, the same on every process.
+        llm, connector: the regularized pairs; empty where the weight is 0.
 
     Raises:
         UserError: a pattern of `config` whose weight is above 0 matches no layer.
     """
 
     def __init__(self, pairs: list[LoraPair], config: SculptConfig) -> None:
-        self.config = config
         self.llm = matching_pairs(pairs, config.regularize, "regularize") if config.alpha > 0 else []
         with_connector = config.connector is not None and config.beta > 0
         self.connector = matching_pairs(pairs, config.connector or "", "connector") if with_connector else []
-        self.cmr_llm = self.cmr_connector = torch.zeros(())
-        self._retentions: dict[str, Retention] = {}
+        self._terms: dict[str, tuple[float, _ConflictSum]] = {}
+        if self.llm:
+            self._terms["cmr_llm"] = config.alpha, _ConflictSum(self.llm, "fro", config)
+        if self.connector:
+            self._terms["cmr_connector"] = config.beta, _ConflictSum(self.connector, "l1", config)
 
     def __call__(self) -> torch.Tensor | None:
-        """This process's share of the weighted sum, differentiable in A and B; None when no term applies.
+        zeros = [weight * term() for weight, term in self._terms.values()]
+        return torch.stack([zero.to(zeros[0].device) for zero in zeros]).sum() if zeros else None
 
-        Collective when there are several processes.
-        """
-        loss = None
-        if self.llm:
-            share, self.cmr_llm = self._share(self.llm, "fro")
-            loss = self.config.alpha * share
-        if self.connector:
-            share, self.cmr_connector = self._share(self.connector, "l1")
-            term = self.config.beta * share
-            loss = term if loss is None else loss + term
-        return loss
+    def value(self) -> torch.Tensor:
+        values = [weight * term.value() for weight, term in self._terms.values()]
+        return torch.stack([value.to(values[0].device) for value in values]).sum()
 
     def values(self) -> dict[str, float]:
-        values = {}
-        if self.llm:
-            values["cmr_llm"] = float(self.cmr_llm)
-        if self.connector:
-            values["cmr_connector"] = float(self.cmr_connector)
-        return values
+        return {name: float(term.last) for name, (_, term) in self._terms.items()}
 
-    def _share(self, pairs: list[LoraPair], norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:
-        """(share of this process, value over all)."""
-        count = len(pairs) if self.config.reduction == "mean" else 1
-        if is_partitioned(_frozen(pairs[0])):
-            total = self._in_pieces(pairs, norm).sum() / count
-            return total, total.detach()
 
-        def sum_over(own: list[LoraPair]) -> torch.Tensor:
-            layers = ((pair.lora_A, pair.lora_B, *self._whole(pair)) for pair in own)
-            return conflict_penalty_total(layers, norm=norm, reduction="sum") / count
+class _ConflictSum:
+    """CMR in one norm, summed or averaged over matrices.
 
-        return _shared_out(pairs, sum_over)
+    Attributes:
+        last: the last value.
+    """
 
-    def _whole(self, pair: LoraPair) -> tuple[torch.Tensor, Retention]:
-        """W, and what of its retention mask outlives a step (made at the first use: W is frozen)."""
+    def __init__(self, pairs: list[LoraPair], norm: Norm, config: SculptConfig) -> None:
+        self.pairs, self.norm, self.omega = pairs, norm, config.omega
+        self.last = torch.zeros(())
+        self._count = len(pairs) if config.reduction == "mean" else 1
+        self._shared = _SharedSum(pairs, self._gradients)
+        self._retentions: dict[str, Retention] = {}
+
+    def __call__(self) -> torch.Tensor:
+        if not is_partitioned(_frozen(self.pairs[0])):
+            return self._shared() / self._count
+        total = self._in_pieces().sum() / self._count
+        self.last = total.detach()
+        return total - self.last
+
+    def value(self) -> torch.Tensor:
+        if not is_partitioned(_frozen(self.pairs[0])):
+            self.last = self._shared.value() / self._count
+        return self.last
+
+    def _gradients(self, pair: LoraPair) -> Sequence[torch.Tensor]:
         weight = pair.weight()
-        if pair.name not in self._retentions:
-            self._retentions[pair.name] = Retention.of(weight, self.config.omega)
-        return weight, self._retentions[pair.name]
+        if pair.name not in self._retentions:  # W is frozen: made at the first use
+            self._retentions[pair.name] = Retention.of(weight, self.omega)
+        return penalty_and_gradients(pair.lora_A, pair.lora_B, weight, self._retentions[pair.name], self.norm)
 
-    def _in_pieces(self, pairs: list[LoraPair], norm: Norm) -> torch.Tensor:
-        lora_A, lora_B = [pair.lora_A for pair in pairs], [pair.lora_B for pair in pairs]
-        pieces = [WeightPiece(*local_piece(_frozen(pair)), shape=_frozen(pair).ds_shape) for pair in pairs]
-        if pairs[0].name not in self._retentions:
-            made = partitioned_retentions(pieces, self.config.omega, lora_A[0].device)
-            self._retentions.update(zip([pair.name for pair in pairs], made, strict=True))
-        retentions = [self._retentions[pair.name] for pair in pairs]
+    def _in_pieces(self) -> torch.Tensor:
+        lora_A, lora_B = [pair.lora_A for pair in self.pairs], [pair.lora_B for pair in self.pairs]
+        pieces = [WeightPiece(*local_piece(_frozen(pair)), shape=_frozen(pair).ds_shape) for pair in self.pairs]
+        if not self._retentions:
+            made = partitioned_retentions(pieces, self.omega, lora_A[0].device)
+            self._retentions.update(zip([pair.name for pair in self.pairs], made, strict=True))
+        retentions = [self._retentions[pair.name] for pair in self.pairs]
         # The one gather of a step: A and B, thin, in one go.
         with gathered([*lora_A, *lora_B]):
-            return partitioned_penalties(lora_A, lora_B, pieces, retentions, norm)
+            return partitioned_penalties(lora_A, lora_B, pieces, retentions, self.norm)
 
 
-def _shared_out(
-    pairs: list[LoraPair], sum_over: Callable[[list[LoraPair]], torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(share of this process: its every N-th matrix, times N; value over all matrices, the same on every process)."""
-    processes = dist.get_world_size() if dist.is_initialized() else 1
-    own = pairs[dist.get_rank() :: processes] if processes > 1 else pairs
-    share = sum_over(own) if own else torch.zeros((), device=pairs[0].lora_A.device)
-    total = share.detach().clone()
-    if processes > 1:
-        dist.all_reduce(total)
-    return share * processes, total
+class _SharedSum:
+    """A sum of one term per matrix, computed in backward: process k of N takes every N-th matrix from the k-th on,
+    weighted by N.
+
+    Args:
+        pairs: the matrices.
+        terms: value and gradients in A and B of one of them.
+    """
+
+    def __init__(self, pairs: list[LoraPair], terms: Callable[[LoraPair], Sequence[torch.Tensor]]) -> None:
+        self.pairs, self.terms = pairs, terms
+        self._values: dict[str, torch.Tensor] = {}
+
+    def __call__(self) -> torch.Tensor:
+        processes, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+        zeros = []
+        for place, pair in enumerate(self.pairs):
+            # Every process has a node for every matrix: ZeRO-2 needs gradients in the same order everywhere.
+            own = partial(self._gradients, pair) if place % processes == rank else None
+            zeros.append(_InBackward.apply(pair.lora_A, pair.lora_B, own))
+        return processes * torch.stack([zero.to(zeros[0].device) for zero in zeros]).sum()
+
+    def value(self) -> torch.Tensor:
+        """The sum over all matrices of what the last backward pass computed. Collective."""
+        device = self.pairs[0].lora_A.device
+        total = torch.zeros((), device=device)
+        if self._values:
+            total = torch.stack([value.to(device) for value in self._values.values()]).sum()
+        if dist.is_initialized():
+            dist.all_reduce(total)
+        return total
+
+    def _gradients(self, pair: LoraPair) -> Sequence[torch.Tensor]:
+        self._values[pair.name], *gradients = self.terms(pair)
+        return gradients
+
+
+class _InBackward(torch.autograd.Function):
+    """Zero; its gradients in A and B are computed when backward asks for them, and not at all where there is none."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, lora_A: torch.Tensor, lora_B: torch.Tensor, gradients: Callable[[], Sequence[torch.Tensor]] | None
+    ) -> torch.Tensor:
+        ctx.gradients, ctx.dtypes = gradients, (lora_A.dtype, lora_B.dtype)
+        return torch.zeros((), device=lora_A.device)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        if torch.is_grad_enabled():  # create_graph=True: the gradients below would pass for constants in silence
+            raise RuntimeError("a regularizer can be differentiated only once: call backward without create_graph=True")
+        if ctx.gradients is None:
+            return None, None, None
+        grad_A, grad_B = (
+            gradient.mul_(grad_output).to(dtype) for gradient, dtype in zip(ctx.gradients(), ctx.dtypes, strict=True)
+        )
+        return grad_A, grad_B, None
 
 
 def _frozen(pair: LoraPair) -> Any:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from llava_sculpt.sculpt import (
     Retention,
     conflict_penalty,
-    conflict_penalty_total,
     conflict_terms,
+    penalty_and_gradients,
     prepared_penalty,
 )
 
@@ -228,19 +228,15 @@ def test_prepared_constants_give_the_same_result():
     assert torch.equal(prepared, conflict_penalty(lora_A, lora_B, weight, 0.5))
 
 
-def test_total_is_the_mean_or_the_sum_over_layers():
-    cases = [make(40, 20, 2, seed=1), make(30, 50, 4, torch.bfloat16, seed=2)]
-    layers = [(*case, Retention.of(case[2])) for case in cases]
-    terms = torch.stack([conflict_penalty(*case) for case in cases]).detach()
-    torch.testing.assert_close(conflict_penalty_total(layers, reduction="sum").detach(), terms.sum())
-    total = conflict_penalty_total(iter(layers))
-    torch.testing.assert_close(total.detach(), terms.mean())
-    total.backward()
-    torch.testing.assert_close(cases[0][0].grad.double(), slow_penalty(*cases[0])[1] / 2, rtol=1e-4, atol=1e-7)
-    with pytest.raises(ValueError, match="no layers"):
-        conflict_penalty_total([])
-    with pytest.raises(ValueError, match="reduction"):
-        conflict_penalty_total(layers, reduction="max")  # type: ignore[arg-type]
+@pytest.mark.parametrize("norm", ["fro", "l1"])
+def test_value_and_gradients_at_once_are_those_of_autograd(norm):
+    lora_A, lora_B, weight = make(60, 40, 4, torch.bfloat16)
+    retention = Retention.of(weight)
+    penalty = prepared_penalty(lora_A, lora_B, weight, retention, norm)
+    value, grad_A, grad_B = penalty_and_gradients(lora_A, lora_B, weight, retention, norm)
+    assert torch.equal(value, penalty) and not value.requires_grad
+    for mine, gradient in zip((grad_A, grad_B), torch.autograd.grad(penalty, (lora_A, lora_B)), strict=True):
+        assert torch.equal(mine, gradient)
 
 
 def test_bad_input_is_named():
