@@ -56,12 +56,14 @@ class LossTerm(_Base):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
         """The Trainer's loss, with the term's gradient (not its value) where it is due; evaluation is left alone."""
-        term = None
-        if model.training and self.accelerator.sync_gradients and self.regularizer is not None:
-            term = self.regularizer()  # before the forward pass, so that backward comes to it last
+        regularizer = self.regularizer if model.training and self.accelerator.sync_gradients else None
+        early = regularizer is not None and regularizer.before_forward
+        term = regularizer() if regularizer is not None and early else None
         result: Any = super().compute_loss(model, inputs, return_outputs, *args, **kwargs)
         if not model.training:
             return result
+        if regularizer is not None and not early:
+            term = regularizer()
         loss = result[0] if return_outputs else result
         divisor = self._loss_divisor(args[0] if args else kwargs.get("num_items_in_batch"))
         self._task_loss = self._task_loss + loss.detach() / divisor

@@ -3,9 +3,10 @@
 Two terms exist: conflict mitigation (Eq. 8-11) for LoRASculpt, and one penalty per matrix for L2-Reg and Orth-Reg. The
 mean of the processes' gradients, which training takes, is that of the whole term.
 
-Only the gradients of a term are needed during a step, and its value is a by-product of them. So the term in the loss is
-a zero made before the model's forward: its part of backward then comes after the model's, when the activations are
-gone, one matrix after the other, and nothing is kept. The value is asked for afterwards.
+A step needs the gradients of a term alone, and its value is a by-product of them. So the term in the loss is a zero
+made before the model's forward: its part of backward then comes after the model's, when the activations are gone, one
+matrix after the other, and nothing is kept. The value is asked for afterwards. Not so where A and B lie in pieces
+(ZeRO-3): they are whole only while backward is at their layer, so the gradients are computed before it and wait.
 """
 
 from __future__ import annotations
@@ -34,10 +35,14 @@ from llava_sculpt.train.zero import gathered, is_partitioned, local_piece
 class Regularizer(Protocol):
     """A term of the loss that depends on the weights alone."""
 
+    @property
+    def before_forward(self) -> bool:
+        """Whether the term is to be made before the model's forward pass, or after it."""
+
     def __call__(self) -> torch.Tensor | None:
         """A zero with the gradient of this process's share, weighted; None when nothing is added.
 
-        To be called before the model's forward pass. Collective under ZeRO-3.
+        Collective under ZeRO-3.
         """
 
     def value(self) -> torch.Tensor:
@@ -88,8 +93,12 @@ class SumRegularizer:
         self._sum = _SharedSum(pairs, self._terms)
         self._value = torch.zeros(())
 
+    @property
+    def before_forward(self) -> bool:
+        return not is_partitioned(self.pairs[0].lora_A)
+
     def __call__(self) -> torch.Tensor:
-        if not is_partitioned(self.pairs[0].lora_A):
+        if self.before_forward:
             return self.strength * self._sum()
         with gathered([factor for pair in self.pairs for factor in (pair.lora_A, pair.lora_B)]):
             # What autograd keeps must outlive the gather.
@@ -99,7 +108,7 @@ class SumRegularizer:
         return self.strength * (total - self._value)
 
     def value(self) -> torch.Tensor:
-        if not is_partitioned(self.pairs[0].lora_A):
+        if self.before_forward:
             self._value = self._sum.value()
         return self.strength * self._value
 
@@ -140,6 +149,10 @@ class ConflictRegularizer:
         if self.connector:
             self._terms["cmr_connector"] = config.beta, _ConflictSum(self.connector, "l1", config)
 
+    @property
+    def before_forward(self) -> bool:
+        return all(term.before_forward for _, term in self._terms.values())
+
     def __call__(self) -> torch.Tensor | None:
         zeros = [weight * term() for weight, term in self._terms.values()]
         return torch.stack([zero.to(zeros[0].device) for zero in zeros]).sum() if zeros else None
@@ -166,15 +179,19 @@ class _ConflictSum:
         self._shared = _SharedSum(pairs, self._gradients)
         self._retentions: dict[str, Retention] = {}
 
+    @property
+    def before_forward(self) -> bool:
+        return not is_partitioned(_frozen(self.pairs[0]))
+
     def __call__(self) -> torch.Tensor:
-        if not is_partitioned(_frozen(self.pairs[0])):
+        if self.before_forward:
             return self._shared() / self._count
         total = self._in_pieces().sum() / self._count
         self.last = total.detach()
         return total - self.last
 
     def value(self) -> torch.Tensor:
-        if not is_partitioned(_frozen(self.pairs[0])):
+        if self.before_forward:
             self.last = self._shared.value() / self._count
         return self.last
 
