@@ -57,12 +57,11 @@ class LossTerm(_Base):
     ) -> Any:
         """The Trainer's loss, with the term's gradient (not its value) where it is due; evaluation is left alone."""
         regularizer = self.regularizer if model.training and self.accelerator.sync_gradients else None
-        early = regularizer is not None and regularizer.before_forward
-        term = regularizer() if regularizer is not None and early else None
+        term = regularizer() if regularizer is not None and regularizer.before_forward else None
         result: Any = super().compute_loss(model, inputs, return_outputs, *args, **kwargs)
         if not model.training:
             return result
-        if regularizer is not None and not early:
+        if regularizer is not None and not regularizer.before_forward:
             term = regularizer()
         loss = result[0] if return_outputs else result
         divisor = self._loss_divisor(args[0] if args else kwargs.get("num_items_in_batch"))
