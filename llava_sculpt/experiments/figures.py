@@ -184,6 +184,7 @@ def frontier(rows: Sequence[Row]) -> Figure | None:
     figure, panels = _panels(len(tasks), (4.9 * len(tasks), 4.9))
     for axes, task in zip(panels, tasks, strict=True):
         here = [row for row in rows if row.task == task and row.results]
+        crosses = []
         for method in _STYLE:
             ranked = sorted((r for r in here if r.run.method == method), key=lambda row: row.run.setting("lora_r"))
             colour, marker = _STYLE[method]
@@ -191,7 +192,7 @@ def frontier(rows: Sequence[Row]) -> Figure | None:
             for row in ranked:
                 (x, x_half), (y, y_half) = row.mean("target") or (0, None), row.mean("source") or (0, None)
                 centres.append((x, y))
-                axes.errorbar(x, y, xerr=x_half, yerr=y_half, color=colour, linewidth=0.7, alpha=0.35, zorder=1)
+                crosses.append((x, y, x_half, y_half, colour))
                 size = 6 + 2 * ranked.index(row)
                 axes.plot(
                     x,
@@ -210,6 +211,10 @@ def frontier(rows: Sequence[Row]) -> Figure | None:
             if row.run.method == ZERO_SHOT:
                 (x, _), (y, _) = row.mean("target") or (0, None), row.mean("source") or (0, None)
                 axes.plot(x, y, marker="*", color="black", markersize=11, linestyle="none", label=LABELS[ZERO_SHOT])
+        limits = axes.axis()  # of the points: intervals of two seeds would squeeze them into a corner
+        for x, y, x_half, y_half, colour in crosses:
+            axes.errorbar(x, y, xerr=x_half, yerr=y_half, color=colour, linewidth=0.7, alpha=0.35, zorder=1)
+        axes.axis(limits)
         axes.set_title(TASK_NAMES[task])
         axes.set_xlabel("Target (learned)")
     panels[0].set_ylabel("Source (kept)")

@@ -159,7 +159,7 @@ def _figures(rows: Mapping[str, Sequence[Row]]) -> list[ReportFigure]:
             "frontier",
             "Source against Target",
             "Every method of Table 1. A line joins the ranks 16, 32 and 64; the larger marker is the higher rank. "
-            "Up and right is better. Thin crosses: 95 % intervals.",
+            "Up and right is better. Thin crosses: 95 % intervals, cut at the frame.",
             partial(figures.frontier, rows["table1"]),
         ),
         (
