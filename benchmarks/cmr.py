@@ -207,7 +207,7 @@ def measure_model(rank: int, dtype: torch.dtype, device: torch.device) -> dict[s
         pairs = [
             LoraPair(f"layers.{n}.q_proj", factor(rank, side), factor(side, rank), None, layer) for n in range(count)
         ]
-        factors = [factor for pair in pairs for factor in (pair.lora_A, pair.lora_B)]
+        factors = [parameter for pair in pairs for parameter in (pair.lora_A, pair.lora_B)]
         term = make_term(pairs)
 
         def peak_of(with_term: bool) -> int:
