@@ -54,10 +54,10 @@ def opening(report: Report) -> str:
 
 
 _VERDICT_WORDS = {
-    APPEARS: "appear",
-    CONTRARY: "do not (the opposite was measured)",
-    NOT_SHOWN: "are not shown (undecided)",
-    MISSING: "lack runs",
+    APPEARS: "shown",
+    CONTRARY: "contradicted (the opposite was measured)",
+    NOT_SHOWN: "not shown (undecided)",
+    MISSING: "without runs",
 }
 
 

@@ -95,7 +95,7 @@ def test_report_with_holes_names_them(here: Path, share: float, capsys: pytest.C
         assert missing.command in html and missing.command in told
     assert "Not run yet" in html
     if share == 0.0:  # zero-shot alone
-        assert html.count("No runs yet") >= 4 and "16 lack runs" in html
+        assert html.count("No runs yet") >= 4 and "16 without runs" in html
         assert {claim.verdict for claim in found.claims} == {MISSING}
 
 
