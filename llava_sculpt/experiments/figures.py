@@ -1,7 +1,7 @@
 """The paper's figures from our results, and three of our own: the Source-Target frontier, loss and CMR over training.
 
 Every function draws into a new matplotlib figure, or returns None if there is nothing to draw. A line goes through the
-means over seeds; its band or bar is the 95 % interval.
+means over seeds; its bar is the 95 % interval.
 """
 
 from __future__ import annotations
@@ -275,9 +275,8 @@ def _line(axes: Axes, points: Points, label: str, colour: str, marker: str) -> N
         return
     x, mean, half = (list(column) for column in zip(*points, strict=True))
     axes.plot(x, mean, marker=marker, color=colour, markersize=6, markeredgecolor="white", label=label)
-    lower = [m - h for m, h in zip(mean, half, strict=True)]
-    upper = [m + h for m, h in zip(mean, half, strict=True)]
-    axes.fill_between(x, lower, upper, color=colour, alpha=0.15, linewidth=0)
+    # A bar at each point, not a band: a neighbour of a single seed has no interval to shade towards.
+    axes.errorbar(x, mean, yerr=half, fmt="none", ecolor=colour, elinewidth=1.5, alpha=0.5, zorder=1)
 
 
 def _reference(axes: Axes, rows: Sequence[Row], score: str) -> None:
