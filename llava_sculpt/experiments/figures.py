@@ -82,17 +82,17 @@ def post_pruning(rows: Sequence[Row]) -> Figure | None:
     if not any(row.results for row in pruned.values()):
         return None
     figure, (source, target) = _panels(2, (9, 3.8))
-    for axes, score, colour in ((source, "source", _SOURCE), (target, "target", _TARGET)):
+    for axes, score in ((source, "source"), (target, "target")):
         by_density = dict(pruned)
         if lora:
             by_density[1.0] = lora[0]
-        _line(axes, _points(by_density, score), "pruned LoRA (100 %: LoRA)", colour, "o")
+        _line(axes, _points(by_density, score), "pruned LoRA (100 %: LoRA)", *_STYLE["lora"])
         _reference(axes, rows, score)
         axes.set_xscale("log")
         _ticks(axes, sorted(by_density), [f"{100 * value:g} %" for value in sorted(by_density)])
         axes.set_xlabel("density of lora_A and lora_B after pruning")
         axes.set_ylabel("Source (kept)" if score == "source" else f"{TASK_NAMES[rows[0].task]} (learned)")
-        axes.legend(loc="best")
+    _legend_below(figure, source)
     return figure
 
 
@@ -110,7 +110,7 @@ def epochs(rows: Sequence[Row]) -> Figure | None:
         axes.set_xlabel("epochs")
         axes.set_ylabel(f"{TASK_NAMES[rows[0].task]} (learned)" if score == "target" else "Source (kept)")
         _ticks(axes, sorted({row.run.setting("num_train_epochs") for row in trained}))
-        axes.legend(loc="best")
+    _legend_below(figure, target)
     return figure
 
 
@@ -135,8 +135,7 @@ def hyper_parameters(rows: Sequence[Row]) -> Figure | None:
         _ticks(axes, sorted(varied), shown)
         axes.set_xlabel(label)
     panels[0].set_ylabel(f"score ({TASK_NAMES[rows[0].task]})")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    _legend_below(figure, panels[0])
     return figure
 
 
@@ -171,8 +170,7 @@ def layer_densities(rows: Sequence[Row]) -> Figure | None:
         _ticks(axes, sorted({layer for layers in by_kind.values() for layer in layers}), most=16)
         axes.set_ylim(bottom=0)
     panels[0].set_ylabel("non-zero entries of BA (%)")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    _legend_below(figure, panels[0])
     return figure
 
 
@@ -218,8 +216,7 @@ def frontier(rows: Sequence[Row]) -> Figure | None:
         axes.set_title(TASK_NAMES[task])
         axes.set_xlabel("Target (learned)")
     panels[0].set_ylabel("Source (kept)")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    _legend_below(figure, panels[0])
     return figure
 
 
@@ -258,6 +255,12 @@ def _panels(number: int, size: tuple[float, float], *, sharey: bool = False) -> 
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, number, sharey=sharey, squeeze=False)
     return figure, list(axes[0])
+
+
+def _legend_below(figure: Figure, axes: Axes) -> None:
+    """One legend for all panels, where no line or interval can cross it."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
 
 
 def _points(rows: dict[Any, Row], score: str) -> Points:

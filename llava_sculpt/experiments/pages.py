@@ -49,7 +49,7 @@ def opening(report: Report) -> str:
     seeds = "one seed, so without intervals" if report.seeds == 1 else f"up to {report.seeds} seeds"
     return (
         f"Measured at {report.scale} scale ({_SCALES[report.scale]}): {report.runs} runs, {seeds}. "
-        f"Of {len(report.claims)} findings of the paper (one for each task) {', '.join(parts)}."
+        f"Of {len(report.claims)} findings of the paper (one for each task): {', '.join(parts)}."
     )
 
 

@@ -74,7 +74,7 @@ def test_complete_report(here: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert {target[1:] for target in page.targets} <= set(page.ids)
     for text in (html, markdown):
         assert "Nothing: every run of every table and figure is there" in text
-        assert "COCO-Caption" in text and "14 appear" in text and "None" not in text and "nan" not in text
+        assert "COCO-Caption" in text and "14 shown" in text and "None" not in text and "nan" not in text
     # Twice the same: the same bytes.
     assert main(["report", "--scale", "tiny", "--out", "again"]) == 0
     for file in (here / "out").iterdir():
