@@ -85,8 +85,11 @@ def experiment(
         return 0
     if scale == "tiny":
         os.environ.setdefault("GLIBC_TUNABLES", _KEEP_FREED_MEMORY)
+    import torch  # not for a dry run
+
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    # With a GPU nothing is imported ahead: imports already ask CUDA for its devices, and no fork may use it after that.
+    context.set_forkserver_preload([] if torch.cuda.is_available() else PRELOAD)
     origin = _check_inputs(context, list(runs.values()))
     if redo:
         _forget(runs.values())

@@ -1,8 +1,8 @@
 """What happens in the process of one job: make the adapter, score it, write the result.
 
 The runner starts a fresh process for every job, forked from a server that has imported PyTorch and transformers once,
-so a job neither waits for the imports nor sees what another left behind. Heavy imports stay inside the functions: the
-runner itself, which only names them, needs none.
+so a job neither waits for the imports nor sees what another left behind (with a GPU each imports for itself, see the
+runner). Heavy imports stay inside the functions, so that the runner can name them without any.
 """
 
 from __future__ import annotations
