@@ -1,8 +1,8 @@
-"""LoRASculpt, the method: pure torch, knowing LoRA pairs (A, B, W) and nothing of models or trainers.
+"""LoRASculpt, the method: torch alone, knowing LoRA pairs (A, B, W) and nothing of models or trainers.
 
-``masks``: which entries survive (SRR). ``retention`` and ``cmr``: the regularizer (RKH); ``partitioned``: the same
-where W lies in pieces over the processes. ``schedule``: Algorithm 1. ``theory``: the density theorems.
-docs/method.md has the table from equations to functions.
+``masks``: which entries survive (SRR). ``retention`` and ``cmr``: the regularizer (RKH); ``fused``: its GPU kernel;
+``partitioned``: the same where W lies in pieces over the processes. ``schedule``: Algorithm 1. ``theory``: the density
+theorems. docs/method.md has the table from equations to functions.
 """
 
 from llava_sculpt.sculpt.cmr import (

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -41,7 +42,8 @@ def conflict_terms(
 
     Args:
         lora_A: (r, q). lora_B: (p, r). weight: (p, q), the block of W in the dtype of ``retention``.
-        tile_rows: rows per tile; by default 128 on CPU (the tile stays in cache) and 1024 elsewhere.
+        tile_rows: rows per tile. By default 16-bit weights on a CUDA GPU go through one fused kernel
+            (``fused.py``); else 128 on CPU (the tile stays in cache) and 1024 elsewhere.
 
     Returns:
         (value, grad_A, grad_B): float64 scalar, float32 (r, q), float32 (p, r). "l1": value and gradients
@@ -52,9 +54,14 @@ def conflict_terms(
         ValueError: shapes, devices or norm that do not fit.
     """
     _check(lora_A, lora_B, weight, norm)
+    A, B = lora_A.detach().float(), lora_B.detach().float()
+    if tile_rows is None and _can_be_fused(A, weight, retention):
+        from llava_sculpt.sculpt.fused import fused_gradients
+
+        grad_A, grad_B = fused_gradients(A, B, weight, retention, norm)
+        return torch.dot(grad_B.double().flatten(), B.double().flatten()), grad_A, grad_B
     tile_rows = tile_rows or (128 if weight.device.type == "cpu" else 1024)
     with torch.no_grad(), full_float32(weight.device.type):
-        A, B = lora_A.detach().float(), lora_B.detach().float()
         value = torch.zeros((), dtype=torch.float64, device=weight.device)
         grad_A, grad_B = torch.zeros_like(A), torch.empty_like(B)
         for rows_B, rows_grad_B, rows_W in zip(
@@ -71,6 +78,14 @@ def conflict_terms(
             value += torch.dot(rows_grad_B.double().flatten(), rows_B.double().flatten())
             del M, Q  # before the next tile's are allocated
     return value, grad_A, grad_B
+
+
+def _can_be_fused(lora_A: Tensor, weight: Tensor, retention: Retention) -> bool:
+    if not weight.is_cuda or retention.table is None or weight.numel() == 0 or find_spec("triton") is None:
+        return False
+    from llava_sculpt.sculpt.fused import works_on
+
+    return works_on(weight.device, len(lora_A))
 
 
 def penalty_and_gradients(
@@ -143,9 +158,10 @@ def conflict_penalty(lora_A: Tensor, lora_B: Tensor, weight: Tensor, omega: floa
 
 
 def power_of_two_below(x: Tensor) -> Tensor:
-    """The largest power of two not above the largest magnitude of ``x``; 1/2 for zeros."""
-    exponent = torch.frexp(x.detach().float().abs().amax()).exponent
-    return torch.ldexp(torch.ones((), device=x.device), exponent - 1)
+    """The largest power of two not above the largest magnitude of ``x``, at least the smallest normal float32."""
+    largest = x.detach().float().abs().amax()
+    exponent_bits = largest.view(torch.int32).bitwise_and_(0x7F800000)
+    return exponent_bits.view(torch.float32).clamp_(min=torch.finfo(torch.float32).tiny)
 
 
 @contextmanager
