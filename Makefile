@@ -7,7 +7,7 @@ BIN := .venv/bin
 LLAVA_PYTHON ?= python3.11
 LLAVA := .venv-llava/bin
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all parity lint bench tiny-model clean
+.PHONY: help setup demo test test-all test-gpu parity lint bench tiny-model clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -30,6 +30,9 @@ test: setup  ## the fast tests (at most 10 minutes on two cores)
 
 test-all: setup  ## every test, the slow ones too
 	$(BIN)/python -m pytest -m ""
+
+test-gpu: setup  ## what there is to test on a GPU, on one (every other test runs on the CPU)
+	$(BIN)/python -m pytest -m "gpu and not slow"
 
 parity: setup $(LLAVA)/.ready  ## compare with the original LLaVA package, in an environment of its own (1.2 GB)
 	$(BIN)/python -m pytest -m "" tests/llava_patch

@@ -21,6 +21,12 @@ FIXTURES = Path(__file__).parent / "data" / "fixtures"
 torch.set_num_threads(1)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Everything runs on the CPU, wherever it runs, but for `make test-gpu`."""
+    if "gpu" not in config.option.markexpr.split():
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def make_checkpoint(folder: Path, seed: int = 0) -> Path:
     """A random base checkpoint: 16 px images in 4 tokens, d = 64, two LLM layers."""
     folder.mkdir(parents=True)

@@ -15,6 +15,8 @@ from llava_sculpt.experiments.grid import read_grid
 from llava_sculpt.experiments.plan import adapter_folder
 from tests.experiments.conftest import kill, make_study, results_of, start, wait_for, with_data, write_grid
 
+pytestmark = pytest.mark.gpu
+
 ENTRIES: list[dict[str, object]] = [
     {"method": "zero_shot"},
     {"method": ["lora", "sculpt"], "task": "iconqa"},

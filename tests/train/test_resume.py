@@ -20,6 +20,8 @@ from llava_sculpt.model.files import ADAPTER_FILE, CONNECTOR_FILE, MASKS_FILE, R
 from tests.train.conftest import Train
 from tests.train.test_training import log_of, same_files
 
+pytestmark = pytest.mark.gpu
+
 STEPS, MASK_STEP = 18, 5
 
 

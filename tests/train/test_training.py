@@ -15,6 +15,8 @@ from llava_sculpt.sculpt import kept_count
 from llava_sculpt.train import train as entry
 from tests.train.conftest import Train
 
+pytestmark = pytest.mark.gpu
+
 
 def log_of(folder: Path) -> list[dict[str, float]]:
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
