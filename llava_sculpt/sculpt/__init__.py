@@ -1,4 +1,4 @@
-"""LoRASculpt, the method: torch alone, knowing LoRA pairs (A, B, W) and nothing of models or trainers.
+"""LoRASculpt, the method: PyTorch, knowing LoRA pairs (A, B, W) and nothing of models or trainers.
 
 ``masks``: which entries survive (SRR). ``retention`` and ``cmr``: the regularizer (RKH); ``fused``: its GPU kernel;
 ``partitioned``: the same where W lies in pieces over the processes. ``schedule``: Algorithm 1. ``theory``: the density

@@ -14,9 +14,10 @@ The LoRA scale ``lora_alpha / r`` is not part of B A here, as in the paper and i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -25,6 +26,8 @@ from torch import Tensor
 from llava_sculpt.sculpt.retention import Retention
 
 Norm = Literal["fro", "l1"]
+# Above it, a program's part of the fused kernel no longer fits the shared memory of a 24 GB card (99 KB).
+FUSED_MAX_RANK = 128
 
 
 def conflict_terms(
@@ -55,11 +58,12 @@ def conflict_terms(
     """
     _check(lora_A, lora_B, weight, norm)
     A, B = lora_A.detach().float(), lora_B.detach().float()
-    if tile_rows is None and _can_be_fused(A, weight, retention):
-        from llava_sculpt.sculpt.fused import fused_gradients
-
-        grad_A, grad_B = fused_gradients(A, B, weight, retention, norm)
-        return torch.dot(grad_B.double().flatten(), B.double().flatten()), grad_A, grad_B
+    small = len(A) <= FUSED_MAX_RANK and 0 < weight.numel() < 2**31
+    if tile_rows is None and weight.is_cuda and retention.table is not None and small:
+        fused = fused_gradients_on(weight.device, len(A), norm)
+        if fused is not None:
+            grad_A, grad_B = fused(A, B, weight, retention, norm)
+            return torch.dot(grad_B.double().flatten(), B.double().flatten()), grad_A, grad_B
     tile_rows = tile_rows or (128 if weight.device.type == "cpu" else 1024)
     with torch.no_grad(), full_float32(weight.device.type):
         value = torch.zeros((), dtype=torch.float64, device=weight.device)
@@ -80,12 +84,19 @@ def conflict_terms(
     return value, grad_A, grad_B
 
 
-def _can_be_fused(lora_A: Tensor, weight: Tensor, retention: Retention) -> bool:
-    if not weight.is_cuda or retention.table is None or weight.numel() == 0 or find_spec("triton") is None:
-        return False
-    from llava_sculpt.sculpt.fused import works_on
+@functools.cache
+def fused_gradients_on(device: torch.device, rank: int, norm: Norm) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """``fused_gradients`` if it can be built and is right on this device; else None, with a warning that says why."""
+    try:
+        from llava_sculpt.sculpt.fused import fused_gradients, probe
 
-    return works_on(weight.device, len(lora_A))
+        probe(device, rank, norm)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # no Triton, compiler or headers, an old GPU: each raises something of its own
+        warnings.warn(f"CMR runs without its fused GPU kernel, and slower: {error}", stacklevel=2)
+        return None
+    return fused_gradients
 
 
 def penalty_and_gradients(

@@ -1,4 +1,4 @@
-"""CMR's gradients on a GPU, with M, B A and Q in registers only: one Triton kernel, run twice.
+"""CMR's gradients on a GPU, with M, B A and Q never in its memory: one Triton kernel, run twice.
 
 PyTorch's own operations write and read every tile of B A several times; here W is read twice and nothing of its size
 is written. Triton comes with PyTorch's CUDA builds on Linux, and wants a C compiler and Python's headers at run time.
@@ -7,9 +7,6 @@ TRITON_INTERPRET=1 runs the kernel on a CPU.
 
 from __future__ import annotations
 
-import functools
-import warnings
-
 import torch
 import triton
 import triton.language as tl
@@ -17,23 +14,27 @@ from torch import Tensor
 
 from llava_sculpt.sculpt.retention import Retention
 
-MAX_RANK = 128  # above, a program's part of A no longer fits the shared memory of a 24 GB card (99 KB)
 # A program takes _STEPS * _COLUMNS columns of _ROWS rows of W; with all columns there would be too few programs.
 _ROWS, _COLUMNS, _STEPS = 64, 32, 16
 
 
-@functools.cache
-def works_on(device: torch.device, rank: int) -> bool:
-    """Whether the kernel can be built and run for this rank; warns once with the reason if not."""
-    if rank > MAX_RANK:
-        return False
-    try:
-        A, weight = torch.zeros(rank, 16, device=device), torch.zeros(16, 16, dtype=torch.bfloat16, device=device)
-        fused_gradients(A, A.T, weight, Retention.of(weight), "fro")
-    except Exception as error:  # no compiler, no headers, an old GPU: each raises something of its own
-        warnings.warn(f"CMR runs without its fused GPU kernel, and slower: {error}", stacklevel=2)
-        return False
-    return True
+def probe(device: torch.device, rank: int, norm: str) -> None:
+    """Build the kernel as training will use it and compare it with the formula; raises RuntimeError if it is wrong.
+
+    Whatever Triton raises where it cannot build or run the kernel comes through.
+    """
+    generator = torch.Generator().manual_seed(0)
+    # Small integers: their products are exact, so rounding decides no sign.
+    A, B = (torch.randint(-2, 3, shape, generator=generator).float().to(device) for shape in ((rank, 64), (64, rank)))
+    weight = torch.randn(64, 64, generator=generator).bfloat16().to(device)
+    retention = Retention.of(weight)
+    M, P = retention.of_block(weight).double(), B.double() @ A.double()
+    Q = M.square() * P if norm == "fro" else M * P.sign()
+    expected = B.double().T @ Q, Q @ A.double().T
+    for found, right in zip(fused_gradients(A, B, weight, retention, norm), expected, strict=True):
+        error = float((found - right).norm() / right.norm())
+        if not error < 1e-5:
+            raise RuntimeError(f"its result is off by {error:.0e}")
 
 
 def fused_gradients(
@@ -42,8 +43,9 @@ def fused_gradients(
     """grad_A (r, q) and grad_B (p, r) of ``conflict_terms``, float32; sums in a fixed order.
 
     Args:
-        lora_A, lora_B: float32, on one GPU, with at most MAX_RANK as rank. weight: 16-bit, with ``retention``'s table.
+        lora_A, lora_B: float32, on one GPU. weight: 16-bit, in the dtype of ``retention``.
     """
+    retention.check(weight)
     assert retention.table is not None
     bits = weight.detach().view(torch.int16)
     with torch.cuda.device_of(weight):  # Triton launches on the current one

@@ -81,10 +81,14 @@ class Retention:
         # Where |W| = ||W|| the logarithm is 0, S is infinite and M is 1. tanh is odd, so |.| may come last.
         return log.reciprocal_().mul_(self.omega).tanh_().abs_().float()
 
-    def of_block(self, weight: Tensor) -> Tensor:
-        """M of ``weight``, any block of the matrix, in the prepared dtype: float32, of the same shape."""
+    def check(self, weight: Tensor) -> None:
+        """Raises ValueError unless ``weight`` has the dtype this was prepared for."""
         if weight.dtype != self.dtype:
             raise ValueError(f"retention prepared for {self.dtype}, weight is {weight.dtype}")
+
+    def of_block(self, weight: Tensor) -> Tensor:
+        """M of ``weight``, any block of the matrix, in the prepared dtype: float32, of the same shape."""
+        self.check(weight)
         if self.table is None:
             return self._compute(weight.detach())
         # |W| as a table index: its bits without the sign. int32 indices make the fastest lookup by far.

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import pytest
 import torch
 from torch import Tensor
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-pytest.importorskip("triton", reason="needs triton (part of PyTorch's CUDA builds; on a CPU: pip install triton)")
-
 from llava_sculpt.sculpt import Retention, conflict_penalty, retention_mask
-from llava_sculpt.sculpt.fused import MAX_RANK, fused_gradients, works_on
+from llava_sculpt.sculpt.cmr import FUSED_MAX_RANK, fused_gradients_on
+
+pytest.importorskip("triton", reason="needs triton (part of PyTorch's CUDA builds; on a CPU: pip install triton)")
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+with pytest.MonkeyPatch.context() as patch:  # read when the kernel is declared
+    if DEVICE.type == "cpu":
+        patch.setitem(os.environ, "TRITON_INTERPRET", "1")
+    from llava_sculpt.sculpt.fused import fused_gradients
 
 pytestmark = pytest.mark.gpu
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NORMS = ["fro", "l1"]
 
 
@@ -42,9 +45,11 @@ def assert_close(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], 
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("p", "q", "r"), [(64, 64, 16), (100, 70, 5), (1, 530, 20), (130, 9, 33), (65, 65, MAX_RANK)])
+@pytest.mark.parametrize(
+    ("p", "q", "r"), [(64, 64, 16), (100, 70, 5), (1, 530, 20), (130, 9, 33), (65, 65, FUSED_MAX_RANK)]
+)
 def test_any_shape(p: int, q: int, r: int, dtype: torch.dtype, norm: str) -> None:
-    assert works_on(DEVICE, r)
+    assert fused_gradients_on(DEVICE, r, norm) is fused_gradients
     A, B, W = make(p, q, r, dtype, norm)
     assert_close(fused_gradients(A, B, W, Retention.of(W), norm), float64_gradients(A, B, W, norm))
 
@@ -66,14 +71,32 @@ def test_a_diverged_adapter_is_not_hidden(norm: str) -> None:
     assert grad_A.isnan().any() and grad_B[3].isnan().all() and not grad_B[4].isnan().any()
 
 
-@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU")
+def test_retention_of_another_dtype_is_refused() -> None:
+    A, B, W = make(64, 48, 16, torch.bfloat16)
+    with pytest.raises(ValueError, match=r"prepared for torch\.bfloat16, weight is torch\.float16"):
+        fused_gradients(A, B, W.half(), Retention.of(W), "fro")
+
+
+def test_where_it_cannot_be_had_a_warning_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llava_sculpt.sculpt.fused", None)
+    with pytest.warns(UserWarning, match="without its fused GPU kernel, and slower: import of"):
+        assert fused_gradients_on(torch.device("cuda", 99), 16, "fro") is None
+
+
+def test_a_wrong_kernel_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused = sys.modules[fused_gradients.__module__]
+    monkeypatch.setattr(fused, "fused_gradients", lambda A, B, *_: (torch.zeros_like(A), torch.zeros_like(B)))
+    with pytest.warns(UserWarning, match="its result is off by 1e"):
+        assert fused_gradients_on(DEVICE, 17, "fro") is None
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU and `make test-gpu`")
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("r", [16, 32, 64, MAX_RANK, MAX_RANK + 1])
+@pytest.mark.parametrize("r", [16, 32, 64, FUSED_MAX_RANK, FUSED_MAX_RANK + 1])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_penalty_on_a_gpu(dtype: torch.dtype, r: int, norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole matrices, fused or not, with TF32 asked for elsewhere; the same bits again."""
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
-    assert works_on(DEVICE, r) == (r <= MAX_RANK)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32", raising=False)
     A, B, W = make(1408, 1024, r, dtype, norm)
     values = []
     for _ in range(2):
