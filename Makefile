@@ -32,7 +32,8 @@ test-all: setup  ## every test, the slow ones too
 	$(BIN)/python -m pytest -m ""
 
 test-gpu: setup  ## what there is to test on a GPU, on one (every other test runs on the CPU)
-	$(BIN)/python -m pytest -m "gpu and not slow"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[deepspeed,bitsandbytes]"
+	$(BIN)/python -m pytest --gpu
 
 parity: setup $(LLAVA)/.ready  ## compare with the original LLaVA package, in an environment of its own (1.2 GB)
 	$(BIN)/python -m pytest -m "" tests/llava_patch

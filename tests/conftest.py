@@ -21,10 +21,19 @@ FIXTURES = Path(__file__).parent / "data" / "fixtures"
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--gpu", action="store_true", help="the fast tests marked gpu, on one GPU; all others use the CPU")
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """Everything runs on the CPU, wherever it runs, but for `make test-gpu`."""
-    if "gpu" not in config.option.markexpr.split():
+    """Hide all GPUs, or all but one; nothing has asked for them yet."""
+    if not config.option.gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        return
+    config.option.markexpr = "gpu and not slow"
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    if not torch.cuda.is_available():
+        raise pytest.UsageError("--gpu: there is no GPU here")
 
 
 def make_checkpoint(folder: Path, seed: int = 0) -> Path:

@@ -21,7 +21,7 @@ from tests.train.test_training import log_of
 pytestmark = [
     pytest.mark.gpu,
     needs_deepspeed,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU and `make test-gpu`"),
 ]
 
 
