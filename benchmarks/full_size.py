@@ -4,12 +4,13 @@
     python benchmarks/full_size.py --folder DIR --tokens 2048 --only sculpt-zero2 -- --lora_r 64 --ignore_plan true
 
 Weights are random and samples made up, which changes neither memory nor time. The rest is the real thing: a checkpoint
-in shards, configs/iconqa_lora.yaml and iconqa_sculpt.yaml, and one process per GPU. What follows `--` goes to every
-training. The masks are made at step 2; the median time is taken over the steps from the fifth on.
+in shards, configs/iconqa_lora.yaml and iconqa_sculpt.yaml, and one process per GPU; only that every step is logged,
+where the configurations log every tenth. What follows `--` goes to every training. The masks are made at step 2; the
+median time is taken over the steps after the fifth. Without a GPU (try `--layers 1`) everything is float32.
 
   planned    GiB by `plan`, without its allowance for CUDA, libraries and fragmentation
   allocated  most GiB that PyTorch had in use at once (run.json of process 0)
-  on GPU     most GiB in use on any GPU beyond what was before, by nvidia-smi: what must fit
+  on GPU     most GiB that any GPU had in use beyond what it had before, by nvidia-smi: what must fit (0: not known)
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ import torch
 from PIL import Image
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
+from llava_sculpt.errors import UserError
 from llava_sculpt.train.memory import OUTSIDE_BYTES
 from llava_sculpt.train.plan import read_checkpoint_config, run_plan
 from results import write_results
@@ -42,7 +44,7 @@ from results import write_results
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "data" / "tiny_llava"
 GIB = 2**30
-SAMPLES, WARM_UP = 64, 4
+SAMPLES, WARM_UP = 64, 4  # the first interval that counts is that from the fifth step to the sixth
 
 # Method, DeepSpeed configuration (none: plain PyTorch), bits of the base.
 CASES = {
@@ -77,7 +79,7 @@ def write_checkpoint(folder: Path, size: str, layers: int | None) -> None:
 
 def write_data(folder: Path) -> None:
     """Samples with an image each and more text than any length asked for: `--model_max_length` cuts them all alike."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     rng = np.random.default_rng(0)
     records = []
     for number in range(SAMPLES):
@@ -88,7 +90,7 @@ def write_data(folder: Path) -> None:
 
 
 class UsedMemory:
-    """Most bytes in use on any GPU inside the ``with`` block beyond those before it; 0 without nvidia-smi."""
+    """Most bytes that any GPU has in use inside the ``with`` block beyond its own before it; 0 if nvidia-smi fails."""
 
     def __enter__(self) -> UsedMemory:
         self.bytes, self.before = 0, self.used()
@@ -99,15 +101,18 @@ class UsedMemory:
 
     def sample(self) -> None:
         while not self.done.wait(0.2):
-            self.bytes = max(self.bytes, self.used() - self.before)
+            grown = [now - before for now, before in zip(self.used(), self.before, strict=False)]
+            self.bytes = max([self.bytes, *grown])
 
     @staticmethod
-    def used() -> int:
-        if shutil.which("nvidia-smi") is None:
-            return 0
+    def used() -> list[int]:
+        """Bytes in use on each GPU; none where nvidia-smi does not tell."""
         query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-        found = subprocess.run(query, capture_output=True, text=True, check=True).stdout
-        return max(int(line) for line in found.split()) * 2**20
+        try:
+            found = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+            return [int(line) * 2**20 for line in found.splitlines()]
+        except (OSError, subprocess.CalledProcessError, ValueError):
+            return []
 
     def __exit__(self, *_: object) -> None:
         self.done.set()
@@ -125,10 +130,13 @@ def measure(name: str, folder: Path, tokens: int, steps: int, more: list[str]) -
     flags += ["--deepspeed", "" if engine is None else f"{ROOT}/configs/{engine}.json"]
     flags += ["--max_steps", str(steps), "--save_strategy", "no", "--logging_steps", "1", "--output_dir", str(output)]
     flags += ["--sculpt_warmup_steps", "2"] if method == "sculpt" else []
-    flags += more
+    flags += more if torch.cuda.is_available() else ["--bf16", "false", "--tf32", "false", *more]
     processes = max(torch.cuda.device_count(), 1)
-    with contextlib.redirect_stdout(io.StringIO()) as answer:
-        run_plan(flags, processes, 24, None, as_json=True)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as answer:
+            run_plan(flags, processes, 24, None, as_json=True)
+    except UserError as error:
+        return {"case": name, "error": "\n".join(error.problems)}
     planned = json.loads(answer.getvalue())
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
     times, last = [], ""
@@ -144,9 +152,10 @@ def measure(name: str, folder: Path, tokens: int, steps: int, more: list[str]) -
         for line in train.stdout:
             times += [time.perf_counter()] if re.search(r"step +\d+/\d+ ", line) else []
             last = (last + line)[-3000:]
-    if train.wait():
+    if train.wait() or len(times) < steps:
         return {"case": name, "error": last}
     record = json.loads((output / "run.json").read_text())
+    shutil.rmtree(output)
     seconds = [after - before for before, after in zip(times[WARM_UP:], times[WARM_UP + 1 :], strict=False)]
     return {
         "case": name,
@@ -173,8 +182,8 @@ def print_case(case: dict[str, Any]) -> None:
     )
 
 
-def main() -> None:
-    """See the top of the file."""
+def main() -> int:
+    """See the top of the file; 1 if a case failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="for checkpoint, data and runs; kept between calls")
     parser.add_argument("--size", choices=["7b", "13b"], default="7b")
@@ -208,7 +217,8 @@ def main() -> None:
         print_case(cases[-1])
         if arguments.json:
             write_results(arguments.json, cases, device, arguments.steps)
+    return int(any("error" in case for case in cases))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
