@@ -93,8 +93,8 @@ def _kernel(
             other=0.0,
         )
         inside = (i[:, None] < rows) & (j[None, :] < columns)
-        magnitude = tl.load(bits + i[:, None] * bits_row + j[None, :] * bits_column, mask=inside, other=0)
-        m = tl.load(table + (magnitude.to(tl.int32) & 0x7FFF))
+        pattern = tl.load(bits + i[:, None] * bits_row + j[None, :] * bits_column, mask=inside, other=0)
+        m = tl.load(table + (pattern.to(tl.int32) & 0x7FFF))  # without the sign: |W|
         # Outside of W the product is 0, and with it all that follows. Three TF32 products each are float32 to 2e-7,
         # and faster than float32 arithmetic.
         product = tl.dot(u, v, input_precision="tf32x3")

@@ -347,7 +347,7 @@ def test_two_processes_train_what_one_trains(flags: dict[str, str], tmp_path: Pa
     engines.assert_exact(tmp_path / "two", processes=2)
 
 
-@pytest.mark.skipif("torch.cuda.is_available()", reason="a limit of bitsandbytes' CPU kernels")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a limit of bitsandbytes' CPU kernels")
 def test_four_bits_with_odd_widths_are_refused_on_a_cpu(
     train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
