@@ -37,8 +37,8 @@ from PIL import Image
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from llava_sculpt.errors import UserError
-from llava_sculpt.train.memory import OUTSIDE_BYTES
-from llava_sculpt.train.plan import read_checkpoint_config, run_plan
+from llava_sculpt.memory.parts import OUTSIDE_BYTES
+from llava_sculpt.memory.plan import read_checkpoint_config, run_plan
 from results import write_results
 
 ROOT = Path(__file__).parents[1]

@@ -83,7 +83,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from llava_sculpt.train.plan import run_plan
+    from llava_sculpt.memory.plan import run_plan
 
     return run_plan(options.train_flags, options.gpus, options.gpu_memory, options.zero, as_json=options.json)
 
@@ -177,7 +177,7 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
 
 
 def _prepare(options: argparse.Namespace) -> int:
-    from llava_sculpt.benchmarks import prepare_benchmark
+    from llava_sculpt.tasks import prepare_benchmark
 
     own = ("command", "train_flags", "arguments", "name", "raw", "out")
     given = {k: v for k, v in vars(options).items() if k not in own}
@@ -257,7 +257,7 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from llava_sculpt.model.inspect import format_inspection, inspect_adapter
+    from llava_sculpt.artifacts.inspect import format_inspection, inspect_adapter
 
     found = inspect_adapter(options.adapter)
     print(json.dumps(found, indent=2) if options.json else format_inspection(found))
@@ -276,7 +276,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    from llava_sculpt.model.convert import convert_adapter, convert_checkpoint
+    from llava_sculpt.artifacts.convert import convert_adapter, convert_checkpoint
 
     if options.kind == "checkpoint":
         convert_checkpoint(options.source, options.to, options.out)
@@ -294,7 +294,7 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
 
 
 def _merge(options: argparse.Namespace) -> int:
-    from llava_sculpt.model.merge import format_merge, merge_adapter
+    from llava_sculpt.artifacts.merge import format_merge, merge_adapter
 
     print(format_merge(merge_adapter(options.adapter, options.out, options.base, options.dtype)))
     return 0
@@ -314,7 +314,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from llava_sculpt.model.export import run_export
+    from llava_sculpt.artifacts.export import run_export
 
     print(run_export(options.source, options.format, options.out, options.base, options.dtype))
     return 0
@@ -345,9 +345,9 @@ def _add_edit(parser: argparse.ArgumentParser) -> None:
 
 
 def _edit(options: argparse.Namespace) -> int:
+    from llava_sculpt.artifacts.edit import dare, post_prune
+    from llava_sculpt.artifacts.tailor import model_tailor
     from llava_sculpt.methods import DROP
-    from llava_sculpt.model.edit import dare, post_prune
-    from llava_sculpt.model.tailor import model_tailor
 
     if options.edit == "post_prune":
         post_prune(options.adapter, options.out, options.density)

@@ -12,13 +12,17 @@ BELOW = {
     "sculpt": set(),
     "data": {"errors"},
     "methods": {"sculpt"},
-    "model": {"errors", "records", "data", "sculpt", "methods"},
-    "benchmarks": {"errors", "records", "data"},
-    "evaluation": {"errors", "records", "data", "benchmarks"},
-    "train": {"errors", "records", "config", "data", "model", "sculpt", "methods"},
+    "model": {"errors", "records", "data", "sculpt"},
+    "artifacts": {"errors", "records", "data", "sculpt", "methods", "model"},
+    "memory": {"errors", "config", "data", "model"},
+    "tasks": {"errors", "records", "data"},
+    "evaluation": {"errors", "records", "data", "tasks"},
+    "train": {"errors", "records", "config", "data", "sculpt", "methods", "model", "memory"},
     "llava_patch": {"errors", "config", "train"},
-    "tiny": {"errors", "data", "benchmarks"},
-    "experiments": {"errors", "records", "config", "model", "benchmarks", "evaluation", "train", "tiny"},
+    "tiny": {"errors", "data", "tasks"},
+    "experiments": {
+        "errors", "records", "config", "model", "artifacts", "memory", "tasks", "evaluation", "train", "tiny"
+    },
 }
 
 

@@ -13,8 +13,6 @@ import torch
 from torch import nn
 
 import llava_sculpt
-from llava_sculpt.benchmarks import SOURCES, TARGETS
-from llava_sculpt.benchmarks.common import MANIFEST, json_lines, load_json
 from llava_sculpt.data.conversation import encode_prompt
 from llava_sculpt.data.images import ImagePreprocessor
 from llava_sculpt.data.tokenizer import LlavaTokenizer
@@ -25,6 +23,8 @@ from llava_sculpt.evaluation.journal import Journal, Progress
 from llava_sculpt.evaluation.processes import from_first, rank, share_out, wait_for_all, world_size
 from llava_sculpt.evaluation.scorers import Score, score_predictions
 from llava_sculpt.records import versions, write_atomically
+from llava_sculpt.tasks import SOURCES, TARGETS
+from llava_sculpt.tasks.common import MANIFEST, json_lines, load_json
 
 Results = dict[str, Any]
 TASKS = (*TARGETS, *SOURCES)

@@ -7,10 +7,10 @@ from typing import Any
 
 from huggingface_hub import EvalResult, HfApi, ModelCardData
 
+from llava_sculpt.artifacts.inspect import inspect_adapter
 from llava_sculpt.config import METHOD_NAMES, REGULARIZED_METHODS
 from llava_sculpt.evaluation.table import format_details, format_table
 from llava_sculpt.model.adapter import read_run
-from llava_sculpt.model.inspect import inspect_adapter
 
 _SHOWN = (
     "method lora_r lora_alpha lora_dropout connector learning_rate mm_projector_lr num_train_epochs seed "

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from llava_sculpt.benchmarks import TARGETS
 from llava_sculpt.experiments.grid import LABELS
 from llava_sculpt.experiments.results import mean_and_interval
 from llava_sculpt.experiments.summary import Row
 from llava_sculpt.experiments.tables import TASK_NAMES, parts_of
+from llava_sculpt.tasks import TARGETS
 
 APPEARS, CONTRARY, NOT_SHOWN, MISSING = "appears", "does not", "not shown", "runs missing"
 # "No lower Target" is shown if a loss of more than this share of LoRA's Target is excluded.

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from llava_sculpt.benchmarks import SOURCES
 from llava_sculpt.config import METHOD_NAMES
 from llava_sculpt.errors import UserError
 from llava_sculpt.evaluation.figure import plot_source_target
@@ -27,6 +26,7 @@ from llava_sculpt.model.adapter import read_run
 from llava_sculpt.model.checkpoint import find_base_checkpoint
 from llava_sculpt.model.load import load_for_inference
 from llava_sculpt.records import write_json
+from llava_sculpt.tasks import SOURCES
 from llava_sculpt.train.train import main as train_main
 
 PAPER_MODEL = "llava-hf/llava-1.5-7b-hf"

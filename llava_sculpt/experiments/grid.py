@@ -23,8 +23,8 @@ from typing import Any
 
 import yaml
 
-from llava_sculpt.benchmarks import SOURCES, TARGETS
 from llava_sculpt.errors import UserError
+from llava_sculpt.tasks import SOURCES, TARGETS
 
 SCALES = ("paper", "tiny")
 SPLITS = ("val", "test")

@@ -23,7 +23,7 @@ from typing import Any
 
 from llava_sculpt.errors import UserError
 from llava_sculpt.experiments.grid import Grid, Run, read_grid
-from llava_sculpt.experiments.plan import Job, adapter_folder, adapter_root, make_plan
+from llava_sculpt.experiments.jobs import Job, adapter_folder, adapter_root, make_plan
 from llava_sculpt.experiments.results import read_results, result_file
 from llava_sculpt.experiments.summary import format_choice, format_rows, rows_of
 from llava_sculpt.experiments.worker import PRELOAD, check, do_job, log_file

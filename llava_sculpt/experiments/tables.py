@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llava_sculpt.benchmarks import SOURCES
 from llava_sculpt.experiments.grid import LABELS, ZERO_SHOT
 from llava_sculpt.experiments.summary import SCORES, Row
+from llava_sculpt.tasks import SOURCES
 
 PAPER_FILE = Path(__file__).with_name("paper_results.json")
 TASK_NAMES = {

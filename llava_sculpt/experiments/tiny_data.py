@@ -8,10 +8,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import llava_sculpt.benchmarks
+import llava_sculpt.tasks
 import llava_sculpt.tiny
-from llava_sculpt.benchmarks import SOURCES, TARGETS, prepare_benchmark
 from llava_sculpt.records import write_json
+from llava_sculpt.tasks import SOURCES, TARGETS, prepare_benchmark
 from llava_sculpt.tiny.world import write_raw_world
 
 # The tiny model answers with words: a learnt letter does not train at its size, and OCR tokens in the prompt would
@@ -36,7 +36,7 @@ def prepare_tiny_world(root: Path, seed: int = 0) -> None:
 def _code_hash() -> str:
     """sha256 of the code and assets that make the data: other code, other data."""
     digest = hashlib.sha256()
-    for package in (llava_sculpt.tiny, llava_sculpt.benchmarks):
+    for package in (llava_sculpt.tiny, llava_sculpt.tasks):
         for file in sorted(Path(package.__path__[0]).rglob("*")):
             if file.suffix in (".py", ".png"):
                 digest.update(file.read_bytes())

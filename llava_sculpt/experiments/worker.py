@@ -25,14 +25,14 @@ from typing import Any
 
 from llava_sculpt.errors import UserError
 from llava_sculpt.experiments.grid import ZERO_SHOT, Run
-from llava_sculpt.experiments.plan import Job, adapter_folder, adapter_root, is_made
+from llava_sculpt.experiments.jobs import Job, adapter_folder, adapter_root, is_made
 from llava_sculpt.experiments.results import RECORD, result_file, write_result
 
 PRELOAD = [
     "llava_sculpt.experiments.finetune",
     "llava_sculpt.train.train",
-    "llava_sculpt.model.edit",
-    "llava_sculpt.model.tailor",
+    "llava_sculpt.artifacts.edit",
+    "llava_sculpt.artifacts.tailor",
 ]
 _CURVES = ("step", "loss", "task_loss", "cmr_llm", "cmr_connector", "l2_penalty", "orth_penalty")
 _CURVE_POINTS = 40
@@ -53,9 +53,9 @@ def _check(runs: list[Run]) -> dict[str, Any]:
     from llava_sculpt.evaluation.run import load_tasks
     from llava_sculpt.experiments.finetune import DATA, MODEL, missing_for_paper, training_data
     from llava_sculpt.experiments.tiny_data import prepare_tiny_world
+    from llava_sculpt.memory.plan import parse_plan_config
     from llava_sculpt.model.checkpoint import find_base_checkpoint
     from llava_sculpt.records import file_sha256
-    from llava_sculpt.train.plan import parse_plan_config
 
     scale = runs[0].scale
     targets = sorted({target for run in runs for target in run.targets})
@@ -168,9 +168,9 @@ def _make_adapter(run: Run, seconds: dict[str, float]) -> int:
 
 def _edit(run: Run, adapter: Path, folder: Path) -> None:
     """Edit beside the folder and rename, so that a kill leaves it whole or not there."""
+    from llava_sculpt.artifacts.edit import dare, post_prune
+    from llava_sculpt.artifacts.tailor import model_tailor
     from llava_sculpt.experiments.finetune import training_data
-    from llava_sculpt.model.edit import dare, post_prune
-    from llava_sculpt.model.tailor import model_tailor
 
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -251,7 +251,7 @@ def _curve(folder: Path) -> dict[str, list[float]]:
 
 def _densities(folder: Path) -> dict[str, Any]:
     """Densities of A, B, BA and Theorem 3.1's, over all modules and for each."""
-    from llava_sculpt.model.inspect import inspect_adapter
+    from llava_sculpt.artifacts.inspect import inspect_adapter
 
     found = inspect_adapter(folder)
     parts = ("density_A", "density_B", "density_BA", "expected_BA")

@@ -2,8 +2,8 @@
 
 - a penalty for the loss, differentiable in A and B (``l2``: L2-Reg, ``orth``: Orth-Reg); ``train/regularizer.py`` sums
   it over the layers;
-- an edit of what training has left (``post_prune``, ``dare``, ``model_tailor``); ``model/edit.py`` and
-  ``model/tailor.py`` apply it to a trained adapter.
+- an edit of what training has left (``post_prune``, ``dare``, ``model_tailor``); ``artifacts/edit.py`` and
+  ``artifacts/tailor.py`` apply it to a trained adapter.
 
 docs/method.md has the definitions.
 """

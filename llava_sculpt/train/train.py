@@ -30,6 +30,7 @@ from llava_sculpt.data.dataset import LlavaDataset, validate_dataset
 from llava_sculpt.data.images import ImagePreprocessor
 from llava_sculpt.data.tokenizer import LlavaTokenizer
 from llava_sculpt.errors import UserError
+from llava_sculpt.memory.plan import check_fits, make_plan, optimizer_steps
 from llava_sculpt.model.adapter import read_run
 from llava_sculpt.model.checkpoint import BaseCheckpoint, find_base_checkpoint
 from llava_sculpt.model.files import ADAPTER_FILE, RUN_FILE, read_tensors
@@ -38,8 +39,7 @@ from llava_sculpt.model.lora import inject_lora
 from llava_sculpt.records import file_sha256, versions, write_json
 from llava_sculpt.sculpt import SculptSchedule
 from llava_sculpt.train.callback import check_masks
-from llava_sculpt.train.plan import check_fits, make_plan, optimizer_steps
-from llava_sculpt.train.runs import checkpoint_step, last_checkpoint, open_run
+from llava_sculpt.train.run_folder import checkpoint_step, last_checkpoint, open_run
 from llava_sculpt.train.trainer import LLaVASculptTrainer, LLaVATrainer
 from llava_sculpt.train.zero import engine_of_checkpoint, leave_together
 

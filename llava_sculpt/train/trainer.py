@@ -23,7 +23,7 @@ from llava_sculpt.train.callback import SculptCallback
 from llava_sculpt.train.console import ConsoleCallback
 from llava_sculpt.train.mixin import LossTerm, Masks
 from llava_sculpt.train.regularizer import make_regularizer, sculpt_config
-from llava_sculpt.train.runs import SAVING, publish_checkpoint
+from llava_sculpt.train.run_folder import SAVING, publish_checkpoint
 from llava_sculpt.train.zero import gather_working_copies
 
 

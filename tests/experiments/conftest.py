@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llava_sculpt.benchmarks import SOURCES, TARGETS, prepare_benchmark
 from llava_sculpt.experiments.tiny_data import OPTIONS, _code_hash
+from llava_sculpt.tasks import SOURCES, TARGETS, prepare_benchmark
 from llava_sculpt.tiny.world import write_raw_world
 
 REPOSITORY = Path(__file__).parents[2]

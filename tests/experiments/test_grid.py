@@ -11,7 +11,7 @@ import pytest
 from llava_sculpt import config
 from llava_sculpt.errors import UserError
 from llava_sculpt.experiments.grid import LABELS, SCALES, TRAINED, read_grid
-from llava_sculpt.experiments.plan import adapter_folder, make_plan
+from llava_sculpt.experiments.jobs import adapter_folder, make_plan
 from llava_sculpt.experiments.runner import experiment
 from llava_sculpt.experiments.summary import rows_of
 from tests.experiments.conftest import REPOSITORY, write_grid

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from llava_sculpt.experiments.grid import read_grid
-from llava_sculpt.experiments.plan import adapter_folder
+from llava_sculpt.experiments.jobs import adapter_folder
 from tests.experiments.conftest import kill, make_study, results_of, start, wait_for, with_data, write_grid
 
 pytestmark = pytest.mark.gpu

@@ -25,7 +25,7 @@ PACKAGES = ("llava-torch", "transformers", "tokenizers", "torch", "peft", "pillo
 
 def prepare(folder: Path) -> None:
     """Write everything the original needs into `folder`."""
-    from llava_sculpt.model.convert import convert_adapter, convert_checkpoint
+    from llava_sculpt.artifacts.convert import convert_adapter, convert_checkpoint
     from tests.model import interop
 
     convert_checkpoint(str(interop.TINY), "original", folder / "llava-base")

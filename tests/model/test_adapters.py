@@ -16,16 +16,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+from llava_sculpt.artifacts import delta as delta_module
+from llava_sculpt.artifacts.convert import convert_adapter, convert_checkpoint
+from llava_sculpt.artifacts.delta import SparseDelta
+from llava_sculpt.artifacts.merge import WeightUpdate, bits, merge_adapter
+from llava_sculpt.artifacts.sparse import export_sparse, import_sparse, pack_mask, unpack_mask
 from llava_sculpt.cli import main
 from llava_sculpt.errors import UserError
-from llava_sculpt.model import delta as delta_module
-from llava_sculpt.model.convert import convert_adapter, convert_checkpoint
-from llava_sculpt.model.delta import SparseDelta
 from llava_sculpt.model.files import ADAPTER_CONFIG, ADAPTER_FILE, CONNECTOR_FILE, MASKS_FILE
 from llava_sculpt.model.load import load_for_inference
 from llava_sculpt.model.lora import LLM_TARGETS
-from llava_sculpt.model.merge import WeightUpdate, bits, merge_adapter
-from llava_sculpt.model.sparse import export_sparse, import_sparse, pack_mask, unpack_mask
 from tests.model.interop import make_adapter
 
 PEFT_0_10 = {"r", "lora_alpha", "target_modules", "lora_dropout", "use_dora", "use_rslora", "bias", "peft_type"}

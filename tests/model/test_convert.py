@@ -14,14 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+from llava_sculpt.artifacts.convert import convert_checkpoint
 from llava_sculpt.cli import main
 from llava_sculpt.errors import UserError
+from llava_sculpt.memory.plan import read_checkpoint_config
 from llava_sculpt.model import from_original, shards
 from llava_sculpt.model.checkpoint import find_base_checkpoint
-from llava_sculpt.model.convert import convert_checkpoint
 from llava_sculpt.model.from_original import ROWS_FILE, hf_config
 from llava_sculpt.model.layout import name_of_original, original_name
-from llava_sculpt.train.plan import read_checkpoint_config
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -164,7 +164,7 @@ KILLED_AFTER_TWO_FILES = """
 import os, sys
 from pathlib import Path
 from llava_sculpt.model import from_original, shards
-from llava_sculpt.model.convert import convert_checkpoint
+from llava_sculpt.artifacts.convert import convert_checkpoint
 from_original.in_shards = lambda tensors: shards.in_shards(tensors, 20_000)
 write, done = shards.write_safetensors, []
 def two_only(file, tensors, metadata=None):

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from llava_sculpt.artifacts.edit import EDIT_FILE
 from llava_sculpt.cli import main
 from llava_sculpt.data.collator import TrainCollator
 from llava_sculpt.data.dataset import LlavaDataset
-from llava_sculpt.model.edit import EDIT_FILE
 from llava_sculpt.model.files import ADAPTER_FILE, CONNECTOR_FILE, RUN_FILE
 from llava_sculpt.model.load import load_for_inference
 from llava_sculpt.model.lora import lora_pairs

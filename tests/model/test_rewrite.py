@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
+from llava_sculpt.artifacts.merge import rewrite_checkpoint
 from llava_sculpt.errors import UserError
 from llava_sculpt.model import shards
 from llava_sculpt.model.checkpoint import find_base_checkpoint
-from llava_sculpt.model.merge import rewrite_checkpoint
 
 Q_PROJ = "model.language_model.layers.0.self_attn.q_proj.weight"
 

@@ -10,18 +10,18 @@ import pytest
 import torch
 from PIL import Image
 
-from llava_sculpt.benchmarks.common import SHORT_ANSWER
 from llava_sculpt.data.collator import TrainCollator
 from llava_sculpt.data.conversation import IGNORE_INDEX, encode_record
 from llava_sculpt.data.images import ImagePreprocessor
 from llava_sculpt.data.tokenizer import LlavaTokenizer
-from llava_sculpt.tiny.language import answer_logits, exact_match
-from llava_sculpt.tiny.packing import Packer
-from llava_sculpt.tiny.pretrain import MEAN, STD, new_model, write_preprocessor
+from llava_sculpt.tasks.common import SHORT_ANSWER
+from llava_sculpt.tiny.pretraining.language import answer_logits, exact_match
+from llava_sculpt.tiny.pretraining.packing import Packer
+from llava_sculpt.tiny.pretraining.run import MEAN, STD, new_model, write_preprocessor
+from llava_sculpt.tiny.pretraining.tower import normalise, patch_features, pictures_and_tags
+from llava_sculpt.tiny.pretraining.vocabulary import write_tokenizer
 from llava_sculpt.tiny.scenes import jpeg
 from llava_sculpt.tiny.sources import SOURCES
-from llava_sculpt.tiny.tokenizer import write_tokenizer
-from llava_sculpt.tiny.tower import normalise, patch_features, pictures_and_tags
 
 
 @torch.no_grad()
@@ -68,7 +68,7 @@ def test_exact_match_counts_whole_answers(monkeypatch: pytest.MonkeyPatch, tmp_p
         logits[0] = -logits[0]  # the first token of the first answer
         return logits, gold, at
 
-    monkeypatch.setattr("llava_sculpt.tiny.language.answer_logits", all_right_but_the_title)
+    monkeypatch.setattr("llava_sculpt.tiny.pretraining.language.answer_logits", all_right_but_the_title)
     scores = exact_match(model, packer, torch.zeros(1, 36, 128), questions)
     assert scores["all"] == 75.0
     assert scores["title"] == 0.0

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import sentencepiece
 
-from llava_sculpt.benchmarks.common import SHORT_ANSWER
 from llava_sculpt.data.conversation import IGNORE_INDEX, encode_prompt, encode_record
 from llava_sculpt.data.tokenizer import LlavaTokenizer
-from llava_sculpt.tiny.tokenizer import VOCABULARY, train_tokenizer
+from llava_sculpt.tasks.common import SHORT_ANSWER
+from llava_sculpt.tiny.pretraining.vocabulary import VOCABULARY, train_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from llava_sculpt.benchmarks import prepare_benchmark
 from llava_sculpt.evaluation.score_files import score_files
 from llava_sculpt.evaluation.scorers import score_predictions
+from llava_sculpt.tasks import prepare_benchmark
 from llava_sculpt.tiny import draw
 from llava_sculpt.tiny.draw import draw_pretraining, draw_world
 from llava_sculpt.tiny.scenes import render
@@ -137,7 +137,7 @@ def test_official_formats(small: None, tmp_path: Path) -> None:
 @pytest.mark.parametrize("task", TASKS)
 def test_prepare_accepts_it(small: None, tmp_path: Path, task: str) -> None:
     write_raw_world(tmp_path)
-    prepare = importlib.import_module(f"llava_sculpt.benchmarks.{task}").prepare
+    prepare = importlib.import_module(f"llava_sculpt.tasks.{task}").prepare
     manifest = prepare(tmp_path / "raw" / task, tmp_path / task)
     assert {"val", "test"} <= manifest["splits"].keys()
     assert ("train" in manifest["splits"]) == (task in ("iconqa", "coco"))

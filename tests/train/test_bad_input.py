@@ -98,7 +98,7 @@ def test_full_disk(
         replace(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr("llava_sculpt.train.runs.os.replace", no_room_for_the_second)
+        patch.setattr("llava_sculpt.train.run_folder.os.replace", no_room_for_the_second)
         assert train(tmp_path / "run", max_steps=8, save_steps=3) == 2
     message = capsys.readouterr().err
     assert "No space left" in message and "checkpoint of step 6" in message

@@ -28,10 +28,7 @@ from transformers.models.llama import modeling_llama
 from llava_sculpt.cli import main
 from llava_sculpt.config import SculptConfig
 from llava_sculpt.errors import UserError
-from llava_sculpt.model.checkpoint import BaseCheckpoint
-from llava_sculpt.model.load import load_base
-from llava_sculpt.model.lora import CONNECTOR_TARGETS, inject_lora, lora_pairs
-from llava_sculpt.train.memory import (
+from llava_sculpt.memory.parts import (
     Architecture,
     Setup,
     Zero,
@@ -44,7 +41,10 @@ from llava_sculpt.train.memory import (
     step_flops,
     trained_weights,
 )
-from llava_sculpt.train.plan import check_fits, find_remedy, make_plan, parse_plan_config, read_checkpoint_config
+from llava_sculpt.memory.plan import check_fits, find_remedy, make_plan, parse_plan_config, read_checkpoint_config
+from llava_sculpt.model.checkpoint import BaseCheckpoint
+from llava_sculpt.model.load import load_base
+from llava_sculpt.model.lora import CONNECTOR_TARGETS, inject_lora, lora_pairs
 from llava_sculpt.train.regularizer import ConflictRegularizer
 
 ROOT = Path(__file__).parents[2]

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llava_sculpt.benchmarks.common import load_json, records_of
-from llava_sculpt.benchmarks.iconqa import answer_text
-from llava_sculpt.benchmarks.lines import read_records
-from llava_sculpt.benchmarks.problems import Problems
-from llava_sculpt.benchmarks.stream import stream_records
 from llava_sculpt.errors import UserError
+from llava_sculpt.tasks.common import load_json, records_of
+from llava_sculpt.tasks.iconqa import answer_text
+from llava_sculpt.tasks.lines import read_records
+from llava_sculpt.tasks.problems import Problems
+from llava_sculpt.tasks.stream import stream_records
 
 Record = dict[str, Any]
 

@@ -7,11 +7,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from llava_sculpt.benchmarks.common import load_json, records_of
-from llava_sculpt.benchmarks.lines import read_records
-from llava_sculpt.benchmarks.problems import Problems, is_text
 from llava_sculpt.errors import UserError
 from llava_sculpt.evaluation.scorers.score import QuestionId
+from llava_sculpt.tasks.common import load_json, records_of
+from llava_sculpt.tasks.lines import read_records
+from llava_sculpt.tasks.problems import Problems, is_text
 
 Pairs = list[tuple[QuestionId, str]]
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from llava_sculpt.artifacts.to_original import convert_to_original, original_config
+from llava_sculpt.artifacts.travel import adapter_to_hf, adapter_to_original, is_original_adapter
 from llava_sculpt.errors import UserError
 from llava_sculpt.model.adapter import read_adapter_config
 from llava_sculpt.model.checkpoint import find_base_checkpoint, find_folder
 from llava_sculpt.model.from_original import CLIP_L_336, CLIP_NAME, convert_to_hf, is_original
 from llava_sculpt.model.shards import read_config
-from llava_sculpt.model.to_original import convert_to_original, original_config
-from llava_sculpt.model.travel import adapter_to_hf, adapter_to_original, is_original_adapter
 
 
 def convert_checkpoint(source: str, to: str, out: Path) -> None:

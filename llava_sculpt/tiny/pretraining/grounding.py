@@ -13,7 +13,7 @@ from torch import nn
 from transformers import LlamaModel
 from transformers.models.llama.modeling_llama import rotate_half
 
-from llava_sculpt.tiny.packing import Batch
+from llava_sculpt.tiny.pretraining.packing import Batch
 
 # Head 0 of this layer looks, from a word, at the item that it names ...
 MENTION_LAYER = 1

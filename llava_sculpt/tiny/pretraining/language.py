@@ -12,9 +12,9 @@ from torch.nn import functional
 from transformers import LlavaForConditionalGeneration
 
 from llava_sculpt.data.conversation import IGNORE_INDEX
-from llava_sculpt.tiny.grounding import AttentionTaps
-from llava_sculpt.tiny.packing import Batch, Packer
-from llava_sculpt.tiny.schedule import cosine
+from llava_sculpt.tiny.pretraining.grounding import AttentionTaps
+from llava_sculpt.tiny.pretraining.learning_rate import cosine
+from llava_sculpt.tiny.pretraining.packing import Batch, Packer
 from llava_sculpt.tiny.sources import Question
 
 BATCH = 16  # pictures

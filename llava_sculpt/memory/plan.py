@@ -22,8 +22,8 @@ from llava_sculpt.data.conversation import IMAGE_TOKEN_INDEX, encode_record, rec
 from llava_sculpt.data.dataset import read_records
 from llava_sculpt.data.tokenizer import LlavaTokenizer
 from llava_sculpt.errors import UserError
+from llava_sculpt.memory.parts import Architecture, Setup, Zero, memory_parts, moments, step_flops
 from llava_sculpt.model.from_original import CLIP_L_336, hf_config, is_original, known_tower
-from llava_sculpt.train.memory import Architecture, Setup, Zero, memory_parts, moments, step_flops
 
 GIB = 2**30
 GB = 10**9

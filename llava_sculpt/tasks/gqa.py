@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llava_sculpt.benchmarks.common import (
+from llava_sculpt.tasks.common import (
     SHORT_ANSWER,
     Prepared,
     Record,
@@ -18,9 +18,9 @@ from llava_sculpt.benchmarks.common import (
     subset,
     write_prepared,
 )
-from llava_sculpt.benchmarks.problems import Problems
-from llava_sculpt.benchmarks.questions import Question, asked_by, question_lines
-from llava_sculpt.benchmarks.stream import stream_records
+from llava_sculpt.tasks.problems import Problems
+from llava_sculpt.tasks.questions import Question, asked_by, question_lines
+from llava_sculpt.tasks.stream import stream_records
 
 _OFFICIAL_COUNTS = {"val": 132_062, "test": 12_578}
 

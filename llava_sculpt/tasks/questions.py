@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from llava_sculpt.benchmarks.lines import read_records
-from llava_sculpt.benchmarks.problems import Problems
+from llava_sculpt.tasks.lines import read_records
+from llava_sculpt.tasks.problems import Problems
 
 
 class Question(NamedTuple):

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from llava_sculpt.benchmarks import prepare_benchmark
 from llava_sculpt.evaluation.score_files import score_files
+from llava_sculpt.tasks import prepare_benchmark
 
 END = "\nAnswer the question using a single word or phrase."
 

@@ -10,7 +10,8 @@ import random
 from pathlib import Path
 from typing import NamedTuple
 
-from llava_sculpt.benchmarks.common import (
+from llava_sculpt.errors import UserError
+from llava_sculpt.tasks.common import (
     Prepared,
     Record,
     Split,
@@ -22,10 +23,9 @@ from llava_sculpt.benchmarks.common import (
     train_record,
     write_prepared,
 )
-from llava_sculpt.benchmarks.problems import Problems
-from llava_sculpt.benchmarks.questions import Question, asked_by, question_lines
-from llava_sculpt.benchmarks.stream import stream_records
-from llava_sculpt.errors import UserError
+from llava_sculpt.tasks.problems import Problems
+from llava_sculpt.tasks.questions import Question, asked_by, question_lines
+from llava_sculpt.tasks.stream import stream_records
 
 # The five prompts of the paper's training data; one is drawn for every sample.
 TRAIN_PROMPTS = (

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llava_sculpt.benchmarks import coco, gqa, iconqa, ocrvqa, okvqa, textvqa
-from llava_sculpt.benchmarks.common import Record
 from llava_sculpt.errors import UserError
+from llava_sculpt.tasks import coco, gqa, iconqa, ocrvqa, okvqa, textvqa
+from llava_sculpt.tasks.common import Record
 
 TARGETS = ("iconqa", "coco")
 SOURCES = ("okvqa", "ocrvqa", "gqa", "textvqa")

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional
 from transformers import CLIPVisionModel
 
+from llava_sculpt.tiny.pretraining.learning_rate import cosine
 from llava_sculpt.tiny.scenes import GRID, PATCH_CLASSES, PATCH_COLOURS, Scene, jpeg, patch_tags
-from llava_sculpt.tiny.schedule import cosine
 
 BATCH = 64
 PEAK_LR = 1.5e-3

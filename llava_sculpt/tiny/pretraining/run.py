@@ -15,13 +15,13 @@ import transformers
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from llava_sculpt.data.tokenizer import LlavaTokenizer
-from llava_sculpt.tiny.card import model_card
 from llava_sculpt.tiny.draw import draw_pretraining, draw_world
-from llava_sculpt.tiny.language import exact_match, train_language
-from llava_sculpt.tiny.packing import Packer
+from llava_sculpt.tiny.pretraining.language import exact_match, train_language
+from llava_sculpt.tiny.pretraining.model_card import model_card
+from llava_sculpt.tiny.pretraining.packing import Packer
+from llava_sculpt.tiny.pretraining.tower import normalise, patch_features, pictures_and_tags, train_tower
+from llava_sculpt.tiny.pretraining.vocabulary import VOCABULARY, write_tokenizer
 from llava_sculpt.tiny.scenes import GRID, PATCH, SIZE, Scene
-from llava_sculpt.tiny.tokenizer import VOCABULARY, write_tokenizer
-from llava_sculpt.tiny.tower import normalise, patch_features, pictures_and_tags, train_tower
 
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # CLIP's
 PICTURES = {"gqa": 14_000, "okvqa": 6_000, "ocrvqa": 6_000, "textvqa": 6_000}
@@ -156,7 +156,7 @@ def pretrain(out: Path, seed: int, threads: int, tower_steps: int, language_step
 
 
 def main() -> None:
-    """`python -m llava_sculpt.tiny.pretrain --out data/tiny_llava`."""
+    """`python -m llava_sculpt.tiny.pretraining.run --out data/tiny_llava`."""
     parser = argparse.ArgumentParser(description="Pretrain the tiny LLaVA on CPU.")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)

@@ -9,7 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from string import ascii_uppercase
 
-from llava_sculpt.benchmarks.common import (
+from llava_sculpt.errors import UserError
+from llava_sculpt.tasks.common import (
     Prepared,
     Record,
     Split,
@@ -19,9 +20,8 @@ from llava_sculpt.benchmarks.common import (
     train_record,
     write_prepared,
 )
-from llava_sculpt.benchmarks.problems import Problems
-from llava_sculpt.benchmarks.questions import Question, asked_by, question_lines
-from llava_sculpt.errors import UserError
+from llava_sculpt.tasks.problems import Problems
+from llava_sculpt.tasks.questions import Question, asked_by, question_lines
 
 ANSWER_STYLES = ("letter", "answer_letter", "text")
 INSTRUCTIONS = {

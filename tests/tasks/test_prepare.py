@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from llava_sculpt.benchmarks import prepare_benchmark, prepare_options
-from llava_sculpt.benchmarks.coco import TRAIN_PROMPTS
 from llava_sculpt.cli import main
 from llava_sculpt.errors import UserError
+from llava_sculpt.tasks import prepare_benchmark, prepare_options
+from llava_sculpt.tasks.coco import TRAIN_PROMPTS
 
 NAMES = ["iconqa", "coco", "okvqa", "ocrvqa", "gqa", "textvqa"]
 
@@ -87,7 +87,7 @@ def test_overwriting_removes_files_of_the_former_request(make_raw, tmp_path):
 
 
 def test_a_failed_write_leaves_no_manifest(make_raw, tmp_path, monkeypatch):
-    from llava_sculpt.benchmarks import common
+    from llava_sculpt.tasks import common
 
     real = common.write_atomically
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llava_sculpt.benchmarks.common import (
+from llava_sculpt.tasks.common import (
     SHORT_ANSWER,
     Prepared,
     Record,
@@ -21,8 +21,8 @@ from llava_sculpt.benchmarks.common import (
     subset,
     write_prepared,
 )
-from llava_sculpt.benchmarks.problems import Problems
-from llava_sculpt.benchmarks.questions import Question, asked_by, question_lines
+from llava_sculpt.tasks.problems import Problems
+from llava_sculpt.tasks.questions import Question, asked_by, question_lines
 
 _OFFICIAL_COUNTS = {"val": 34_602, "test": 5_000}
 

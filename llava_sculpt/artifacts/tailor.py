@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from llava_sculpt.artifacts.edit import check_new, edit_record, open_adapter, write_edited
+from llava_sculpt.artifacts.merge import WeightUpdate
 from llava_sculpt.data.collator import expand_image
 from llava_sculpt.data.dataset import LlavaDataset, validate_dataset
 from llava_sculpt.data.images import ImagePreprocessor
@@ -25,11 +27,9 @@ from llava_sculpt.errors import UserError
 from llava_sculpt.methods import InputHessian, Tailored, tailor
 from llava_sculpt.model.adapter import load_adapter, read_run
 from llava_sculpt.model.checkpoint import BaseCheckpoint
-from llava_sculpt.model.edit import check_new, edit_record, open_adapter, write_edited
 from llava_sculpt.model.layout import LANGUAGE
 from llava_sculpt.model.load import load_base
 from llava_sculpt.model.lora import lora_pairs
-from llava_sculpt.model.merge import WeightUpdate
 
 # Modules of a decoder layer that read one input: they share its Hessian.
 _INPUTS = (

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from llava_sculpt.artifacts.delta import export_delta
+from llava_sculpt.artifacts.merge import DTYPES
+from llava_sculpt.artifacts.sparse import export_sparse, import_sparse
 from llava_sculpt.errors import UserError
-from llava_sculpt.model.delta import export_delta
-from llava_sculpt.model.merge import DTYPES
-from llava_sculpt.model.sparse import export_sparse, import_sparse
 
 
 def run_export(source: Path, kind: str, out: Path, base: str | None, dtype: str | None) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from llava_sculpt.artifacts.merge import WeightUpdate, check_shapes, rewrite_checkpoint, weight_updates
 from llava_sculpt.errors import UserError
 from llava_sculpt.methods import dropped_delta, post_pruned
 from llava_sculpt.model.adapter import check_base, read_adapter_config, read_run
@@ -27,7 +28,6 @@ from llava_sculpt.model.files import (
 )
 from llava_sculpt.model.layout import memory_name
 from llava_sculpt.model.lora import CONNECTOR
-from llava_sculpt.model.merge import WeightUpdate, check_shapes, rewrite_checkpoint, weight_updates
 from llava_sculpt.model.processor import complete_processor
 from llava_sculpt.model.shards import stored_tensors, weight_files
 from llava_sculpt.records import file_sha256, versions, write_json

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from llava_sculpt.artifacts.merge import bits, check_shapes, weight_updates
+from llava_sculpt.artifacts.sparse import pack_mask, read_with_metadata, unpack_mask
 from llava_sculpt.errors import UserError
 from llava_sculpt.model.adapter import check_base, read_adapter_config
 from llava_sculpt.model.checkpoint import find_base_checkpoint
 from llava_sculpt.model.layout import memory_name
-from llava_sculpt.model.merge import bits, check_shapes, weight_updates
 from llava_sculpt.model.shards import Stored, stored_tensors, weight_files, write_safetensors
-from llava_sculpt.model.sparse import pack_mask, read_with_metadata, unpack_mask
 from llava_sculpt.records import versions
 
 VERSION = "llava_sculpt.delta.v1"

@@ -1,0 +1,1 @@
+"""What is done to finished adapters and checkpoints: merging, editing, exporting, converting."""

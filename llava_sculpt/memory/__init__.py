@@ -1,0 +1,1 @@
+"""How much memory a training step needs on one GPU, before anything is loaded."""

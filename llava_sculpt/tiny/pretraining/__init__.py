@@ -1,0 +1,1 @@
+"""How the tiny LLaVA in data/tiny_llava was made."""
