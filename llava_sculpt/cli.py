@@ -9,9 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llava_sculpt.errors import UserError
+from llava_sculpt.names import LORASCULPT, TARGETS, TASKS, TRAINED
 
-_METHODS = ("sculpt", "lora", "dora", "l2", "orth")
-_TASKS = ("iconqa", "coco", "okvqa", "ocrvqa", "gqa", "textvqa")
 _ANSWER_STYLES = ("letter", "answer_letter", "text")
 
 
@@ -51,9 +50,9 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _add_finetune(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("task", choices=["iconqa", "coco"])
+    parser.add_argument("task", choices=TARGETS)
     parser.add_argument("--scale", choices=["paper", "tiny"], help="default: paper if this machine can run it")
-    parser.add_argument("--method", choices=_METHODS, default="sculpt")
+    parser.add_argument("--method", choices=TRAINED, default=LORASCULPT)
     parser.add_argument("--rank", type=int, default=32, help="LoRA rank (paper: 16, 32, 64)")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--output_dir", help="default: runs/SCALE/TASK/METHOD_rRANK_seedSEED")
@@ -91,10 +90,10 @@ def _plan(options: argparse.Namespace) -> int:
 def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="base model, adapter folder or merged model")
     parser.add_argument("--base", help="base checkpoint, if not the one the adapter names")
-    parser.add_argument("--tasks", default="all", help="all, or a comma-separated list: " + ",".join(_TASKS))
+    parser.add_argument("--tasks", default="all", help="all, or a comma-separated list: " + ",".join(TASKS))
     parser.add_argument("--data_root", type=Path, default=Path("data"), help="folder of the prepared data sets")
     parser.add_argument("--split", default="test", choices=["val", "test"])
-    parser.add_argument("--target", choices=["iconqa", "coco"], help="the task that counts as Target")
+    parser.add_argument("--target", choices=TARGETS, help="the task that counts as Target")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--max_new_tokens", type=int, default=128)
     parser.add_argument("--okvqa_variant", choices=["authors", "official"], default="authors")
@@ -159,7 +158,7 @@ def _eval(options: argparse.Namespace) -> int:
 
 
 def _add_prepare(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", choices=_TASKS)
+    parser.add_argument("name", choices=TASKS)
     parser.add_argument("--raw", type=Path, required=True, help="folder with the official files")
     parser.add_argument("--out", type=Path, required=True, help="prepared folder, e.g. data/iconqa")
     given = argparse.SUPPRESS  # absent means the data set's own default
@@ -192,7 +191,7 @@ def _prepare(options: argparse.Namespace) -> int:
 
 
 def _add_score(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("benchmark", choices=_TASKS)
+    parser.add_argument("benchmark", choices=TASKS)
     parser.add_argument("--predictions", type=Path, required=True, help="LLaVA's answers, or the official format")
     parser.add_argument("--annotations", type=Path, required=True, help="the benchmark's official annotation file")
     parser.add_argument("--questions", type=Path, help="question file: score these questions only")

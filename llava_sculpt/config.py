@@ -18,10 +18,8 @@ from transformers import HfArgumentParser
 from transformers import TrainingArguments as HfTrainingArguments
 
 from llava_sculpt.errors import UserError
+from llava_sculpt.names import LORASCULPT, PENALTIES, TRAINED
 
-METHOD_NAMES = {"sculpt": "LoRASculpt", "lora": "LoRA", "dora": "DoRA", "l2": "L2-Reg", "orth": "Orth-Reg"}
-METHODS = tuple(METHOD_NAMES)
-REGULARIZED_METHODS = ("l2", "orth")  # those that reg_lambda is for
 CONNECTOR_MODES = ("full", "frozen", "lora", "sculpt")
 
 # Flags of LLaVA's own train.py that have no counterpart here, with the reason a pasted command should hear.
@@ -83,7 +81,7 @@ class SculptArguments:
         default="sculpt",
         metadata={
             "help": "LoRASculpt, or a baseline: plain LoRA, DoRA, LoRA with L2-Reg or Orth-Reg.",
-            "choices": list(METHODS),
+            "choices": list(TRAINED),
         },
     )
     reg_lambda: float = field(default=1e-3, metadata={"help": "Weight of the regularizer of method l2 or orth."})
@@ -256,7 +254,7 @@ class Config:
     @property
     def prunes(self) -> bool:
         """Whether masks are made: LoRASculpt, unless every entry is kept."""
-        return self.sculpt.method == "sculpt" and self.sculpt.sculpt_density < 1
+        return self.sculpt.method == LORASCULPT and self.sculpt.sculpt_density < 1
 
     def to_dict(self) -> dict[str, Any]:
         """Flat, JSON-serialisable record of every field (run.json, model card)."""
@@ -268,7 +266,7 @@ class Config:
 
     def identity(self) -> dict[str, Any]:
         """The fields that decide the result: two runs that agree in them may continue each other."""
-        unused = set() if self.sculpt.method in REGULARIZED_METHODS else {"reg_lambda"}
+        unused = set() if self.sculpt.method in PENALTIES else {"reg_lambda"}
         return {k: v for k, v in self.to_dict().items() if k not in _DOES_NOT_CHANGE_THE_RESULT | unused}
 
 

@@ -22,12 +22,11 @@ from llava_sculpt.evaluation.generate import generate_answers
 from llava_sculpt.evaluation.journal import Journal, Progress
 from llava_sculpt.evaluation.processes import from_first, rank, share_out, wait_for_all, world_size
 from llava_sculpt.evaluation.scorers import Score, score_predictions
+from llava_sculpt.names import SOURCES, TARGETS, TASKS
 from llava_sculpt.records import versions, write_atomically
-from llava_sculpt.tasks import SOURCES, TARGETS
 from llava_sculpt.tasks.common import MANIFEST, json_lines, load_json
 
 Results = dict[str, Any]
-TASKS = (*TARGETS, *SOURCES)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_TASK_COLUMNS = {"OKVQA": "okvqa", "OCRVQA": "ocrvqa", "GQA": "gqa", "TextVQA": "textvqa"}
+from llava_sculpt.names import SOURCES, TASKS
+
+_TASK_COLUMNS = {TASKS[name].label: name for name in SOURCES}
 _SUMMARY_COLUMNS = {"Source": "source", "Target": "target", "Avg": "avg"}
 
 

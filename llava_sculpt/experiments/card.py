@@ -8,9 +8,9 @@ from typing import Any
 from huggingface_hub import EvalResult, HfApi, ModelCardData
 
 from llava_sculpt.artifacts.inspect import inspect_adapter
-from llava_sculpt.config import METHOD_NAMES, REGULARIZED_METHODS
 from llava_sculpt.evaluation.table import format_details, format_table
 from llava_sculpt.model.adapter import read_run
+from llava_sculpt.names import METHODS
 
 _SHOWN = (
     "method lora_r lora_alpha lora_dropout connector learning_rate mm_projector_lr num_train_epochs seed "
@@ -94,13 +94,13 @@ def write_card(folder: Path, run: dict[str, Any], rows: list[tuple[str, dict[str
     config, total = run["config"], inspect_adapter(folder)["total"]
     method = config["method"]
     shown = [key for key in _SHOWN if method == "sculpt" or not key.startswith("sculpt_")]
-    shown += ["reg_lambda"] if method in REGULARIZED_METHODS else []
+    shown += METHODS[method].fields
     settings = "\n".join(f"| {key} | {config[key]} |" for key in shown)
     (folder / "README.md").write_text(
         f"""---
 {card_metadata(folder, run, rows[-1][1]).to_yaml()}
 ---
-# {METHOD_NAMES[method]} adapter, rank {config["lora_r"]}, on {Path(run["data"]["path"]).parent.name}
+# {METHODS[method].label} adapter, rank {config["lora_r"]}, on {Path(run["data"]["path"]).parent.name}
 
 {run["data"]["samples"]:,} training samples, {run["steps"]:,} optimizer steps of {run["global_batch_size"]},
 base model `{run["base"]["path"]}` (fingerprint `{run["base"]["fingerprint"][:16]}`).

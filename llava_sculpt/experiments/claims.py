@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from llava_sculpt.experiments.grid import LABELS
 from llava_sculpt.experiments.results import mean_and_interval
 from llava_sculpt.experiments.summary import Row
-from llava_sculpt.experiments.tables import TASK_NAMES, parts_of
-from llava_sculpt.tasks import TARGETS
+from llava_sculpt.experiments.tables import parts_of
+from llava_sculpt.names import METHODS, TARGETS, TASKS
 
 APPEARS, CONTRARY, NOT_SHOWN, MISSING = "appears", "does not", "not shown", "runs missing"
 # "No lower Target" is shown if a loss of more than this share of LoRA's Target is excluded.
@@ -130,14 +129,14 @@ def _kept(task: str, rows: Sequence[Row], ranks: Sequence[int]) -> Claim:
 def _best(task: str, rows: Sequence[Row], ranks: Sequence[int]) -> Claim:
     finding = "LoRASculpt has the best Avg of all methods"
     methods = [
-        method for method in LABELS if any(row.run.method == method and row.run.seed is not None for row in rows)
+        method for method in METHODS if any(row.run.method == method and row.run.seed is not None for row in rows)
     ]
     avg = {method: _over_ranks(rows, method, "avg", ranks) for method in methods}
-    absent = [LABELS[method] for method, values in avg.items() if not values]
+    absent = [METHODS[method].label for method, values in avg.items() if not values]
     if absent:
         return Claim(finding, task, MISSING, f"no complete seed of {', '.join(absent)}")
     rival = max((method for method in methods if method != "sculpt"), key=lambda method: fmean(avg[method].values()))
-    what = f"mean over ranks, Avg minus that of the best other method, {LABELS[rival]}"
+    what = f"mean over ranks, Avg minus that of the best other method, {METHODS[rival].label}"
     return _claim(finding, task, what, _minus(avg["sculpt"], avg[rival]))
 
 
@@ -214,4 +213,4 @@ def count(claims: Iterable[Claim]) -> dict[str, int]:
 
 def task_name(claim: Claim) -> str:
     """The task as the paper calls it."""
-    return TASK_NAMES[claim.task]
+    return TASKS[claim.task].label

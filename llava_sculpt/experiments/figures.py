@@ -19,16 +19,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from llava_sculpt.evaluation.figure import COLOURS, MARKERS
-from llava_sculpt.experiments.grid import LABELS, ZERO_SHOT
 from llava_sculpt.experiments.results import mean_and_interval
 from llava_sculpt.experiments.summary import Row
-from llava_sculpt.experiments.tables import TASK_NAMES
+from llava_sculpt.names import METHODS, TASKS, TRAINED, ZERO_SHOT
 from llava_sculpt.records import write_atomically
 
 # One look for each method in all figures.
 _STYLE = {
     method: (COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)])
-    for index, method in enumerate(("sculpt", "lora", "model_tailor", "dora", "dare", "l2", "orth"))
+    for index, method in enumerate(dict.fromkeys(("sculpt", "lora", "model_tailor", "dora", "dare", *TRAINED)))
 }
 _SOURCE, _TARGET = COLOURS[0], COLOURS[1]
 _GREY = "#777777"
@@ -91,7 +90,7 @@ def post_pruning(rows: Sequence[Row]) -> Figure | None:
         axes.set_xscale("log")
         _ticks(axes, sorted(by_density), [f"{100 * value:g} %" for value in sorted(by_density)])
         axes.set_xlabel("density of lora_A and lora_B after pruning")
-        axes.set_ylabel("Source (kept)" if score == "source" else f"{TASK_NAMES[rows[0].task]} (learned)")
+        axes.set_ylabel("Source (kept)" if score == "source" else f"{TASKS[rows[0].task].label} (learned)")
     _legend_below(figure, source)
     return figure
 
@@ -105,10 +104,10 @@ def epochs(rows: Sequence[Row]) -> Figure | None:
     for axes, score in ((target, "target"), (source, "source")):
         for method in dict.fromkeys(row.run.method for row in trained):
             by_epochs = {row.run.setting("num_train_epochs"): row for row in trained if row.run.method == method}
-            _line(axes, _points(by_epochs, score), LABELS[method], *_STYLE[method])
+            _line(axes, _points(by_epochs, score), METHODS[method].label, *_STYLE[method])
         _reference(axes, rows, score)
         axes.set_xlabel("epochs")
-        axes.set_ylabel(f"{TASK_NAMES[rows[0].task]} (learned)" if score == "target" else "Source (kept)")
+        axes.set_ylabel(f"{TASKS[rows[0].task].label} (learned)" if score == "target" else "Source (kept)")
         _ticks(axes, sorted({row.run.setting("num_train_epochs") for row in trained}))
     _legend_below(figure, target)
     return figure
@@ -134,7 +133,7 @@ def hyper_parameters(rows: Sequence[Row]) -> Figure | None:
         shown = [f"{100 * value:g} %" if name == "sculpt_density" else f"{value:g}" for value in sorted(varied)]
         _ticks(axes, sorted(varied), shown)
         axes.set_xlabel(label)
-    panels[0].set_ylabel(f"score ({TASK_NAMES[rows[0].task]})")
+    panels[0].set_ylabel(f"score ({TASKS[rows[0].task].label})")
     _legend_below(figure, panels[0])
     return figure
 
@@ -165,7 +164,7 @@ def layer_densities(rows: Sequence[Row]) -> Figure | None:
             )
         bound = 100 * fmean(densities["total"][3] for densities in found)
         axes.axhline(bound, color=_GREY, linestyle="--", linewidth=1.2, label=f"Theorem 3.1: {bound:.1f} %")
-        axes.set_title(f"{TASK_NAMES[row.task]}, rank {row.run.setting('lora_r')}")
+        axes.set_title(f"{TASKS[row.task].label}, rank {row.run.setting('lora_r')}")
         axes.set_xlabel("layer of the LLM")
         _ticks(axes, sorted({layer for layers in by_kind.values() for layer in layers}), most=16)
         axes.set_ylim(bottom=0)
@@ -204,16 +203,18 @@ def frontier(rows: Sequence[Row]) -> Figure | None:
                 )
             if centres:
                 axes.plot(*zip(*centres, strict=True), color=colour, linewidth=1, zorder=2)
-                axes.plot([], [], color=colour, marker=marker, linewidth=1, label=LABELS[method])
+                axes.plot([], [], color=colour, marker=marker, linewidth=1, label=METHODS[method].label)
         for row in here:
             if row.run.method == ZERO_SHOT:
                 (x, _), (y, _) = row.mean("target") or (0, None), row.mean("source") or (0, None)
-                axes.plot(x, y, marker="*", color="black", markersize=11, linestyle="none", label=LABELS[ZERO_SHOT])
+                axes.plot(
+                    x, y, marker="*", color="black", markersize=11, linestyle="none", label=METHODS[ZERO_SHOT].label
+                )
         limits = axes.axis()  # of the points: intervals of two seeds would squeeze them into a corner
         for x, y, x_half, y_half, colour in crosses:
             axes.errorbar(x, y, xerr=x_half, yerr=y_half, color=colour, linewidth=0.7, alpha=0.35, zorder=1)
         axes.axis(limits)
-        axes.set_title(TASK_NAMES[task])
+        axes.set_title(TASKS[task].label)
         axes.set_xlabel("Target (learned)")
     panels[0].set_ylabel("Source (kept)")
     _legend_below(figure, panels[0])
@@ -234,7 +235,7 @@ def training_curves(rows: Sequence[Row]) -> Figure | None:
         for row in shown:
             colour, _ = _STYLE[row.run.method]
             dashed = "-" if row.task == tasks[0] else "--"
-            name = f"{LABELS[row.run.method]}, {TASK_NAMES[row.task]}"
+            name = f"{METHODS[row.run.method].label}, {TASKS[row.task].label}"
             for number, result in enumerate(row.results.values()):
                 curve: dict[str, Any] = result.get("curve", {})
                 if quantity in curve:
@@ -287,7 +288,7 @@ def _reference(axes: Axes, rows: Sequence[Row], score: str) -> None:
     row = next((row for row in rows if row.run.method == ZERO_SHOT), None)
     value = row.mean(score) if row is not None else None
     if value is not None:
-        axes.axhline(value[0], color=_GREY, linestyle=":", linewidth=1.2, label=LABELS[ZERO_SHOT])
+        axes.axhline(value[0], color=_GREY, linestyle=":", linewidth=1.2, label=METHODS[ZERO_SHOT].label)
 
 
 def _ticks(axes: Axes, values: Sequence[float], labels: Sequence[str] | None = None, most: int = 10) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from llava_sculpt.config import METHOD_NAMES
 from llava_sculpt.errors import UserError
 from llava_sculpt.evaluation.figure import plot_source_target
 from llava_sculpt.evaluation.run import evaluate, load_tasks
@@ -25,8 +24,8 @@ from llava_sculpt.experiments.tiny_data import prepare_tiny_world
 from llava_sculpt.model.adapter import read_run
 from llava_sculpt.model.checkpoint import find_base_checkpoint
 from llava_sculpt.model.load import load_for_inference
+from llava_sculpt.names import METHODS, SOURCES
 from llava_sculpt.records import write_json
-from llava_sculpt.tasks import SOURCES
 from llava_sculpt.train.train import main as train_main
 
 PAPER_MODEL = "llava-hf/llava-1.5-7b-hf"
@@ -88,7 +87,7 @@ def finetune(
 
 
 def _banner(task: str, scale: str, method: str, rank: int, seed: int, folder: Path, missing: list[str]) -> str:
-    title = f"{METHOD_NAMES[method]} on {task}, rank {rank}, seed {seed}, scale {scale} -> {folder}"
+    title = f"{METHODS[method].label} on {task}, rank {rank}, seed {seed}, scale {scale} -> {folder}"
     lines = ["=" * 100, title]
     if scale == "tiny":
         lines.append("The embedded tiny LLaVA on generated images: a few minutes on two CPU cores.")
@@ -152,7 +151,7 @@ def _zero_shot(task: str, scale: str) -> dict[str, Any]:
 def evaluate_run(folder: Path, task: str, scale: str) -> dict[str, Any]:
     """Evaluate a finished run on its Target and the four Source tasks; writes its results.json."""
     run = read_run(folder)["config"]
-    label = f"{METHOD_NAMES[run['method']]} r={run['lora_r']} seed {run['seed']}"
+    label = f"{METHODS[run['method']].label} r={run['lora_r']} seed {run['seed']}"
     return evaluate_model(str(folder), folder, [task, *SOURCES], scale, label)
 
 

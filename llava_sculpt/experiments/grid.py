@@ -24,26 +24,11 @@ from typing import Any
 import yaml
 
 from llava_sculpt.errors import UserError
-from llava_sculpt.tasks import SOURCES, TARGETS
+from llava_sculpt.names import EDITS, METHODS, SOURCES, TARGETS, ZERO_SHOT
 
 SCALES = ("paper", "tiny")
 SPLITS = ("val", "test")
-ZERO_SHOT = "zero_shot"
 ANY_TASK = "all"  # of the zero-shot run, which serves both Targets
-LABELS = {
-    ZERO_SHOT: "Zero-shot",
-    "lora": "LoRA",
-    "dora": "DoRA",
-    "l2": "L2-Reg",
-    "orth": "Orth-Reg",
-    "model_tailor": "Model Tailor",
-    "dare": "DARE",
-    "post_prune": "Post-pruning",
-    "sculpt": "LoRASculpt",
-}
-TRAINED = ("lora", "dora", "l2", "orth", "sculpt")
-# Edits of a trained LoRA, and the fields each has beside those of that LoRA.
-EDITS = {"model_tailor": ("keep", "samples"), "dare": ("drop",), "post_prune": ("density",)}
 GRIDS = Path("configs/grids")
 VALUES = Path("configs/values")
 
@@ -210,8 +195,8 @@ def _combinations(where: str, entry: Any, problems: list[str]) -> list[dict[str,
 def _runs_of(where: str, scale: str, split: str, chosen: dict[str, Any], problems: list[str]) -> list[Run]:
     """The run of one combination, its seed to be replaced; [] and problems if there is none."""
     method, task = chosen.pop("method"), chosen.pop("task", None)
-    if method not in LABELS:
-        problems.append(f"{where}: method: {method!r} is not one of {', '.join(LABELS)}")
+    if method not in METHODS:
+        problems.append(f"{where}: method: {method!r} is not one of {', '.join(METHODS)}")
         return []
     if method == ZERO_SHOT:
         problems += [f"{where}: {key}: zero_shot has no settings" for key in chosen]
@@ -224,7 +209,8 @@ def _runs_of(where: str, scale: str, split: str, chosen: dict[str, Any], problem
     values = method_values(scale, task)
     training = {**known, **values.get(run.trained_method, {})}
     edit = {key: value for key, value in values.get(method, {}).items() if method in EDITS}
-    fields = [*known, *EDITS.get(method, ()), *(["reg_lambda"] if method in ("l2", "orth") else [])]
+    edited = METHODS[method].fields if method in EDITS else ()
+    fields = [*known, *METHODS[method].fields]
     for key, value in chosen.items():
         if key not in fields or key == "output_dir":
             near = difflib.get_close_matches(key, fields, n=1)
@@ -232,11 +218,11 @@ def _runs_of(where: str, scale: str, split: str, chosen: dict[str, Any], problem
             problems.append(f"{where}: {key}: not a setting of {method} ({run.config_file}){hint}")
         elif key in known and _is_number(known[key]) and not _is_number(value):
             problems.append(f"{where}: {key}: {value!r} is not a number")
-        elif key in EDITS.get(method, ()):
+        elif key in edited:
             edit[key] = value
         else:
             training[key] = value
-    missing = [key for key in EDITS.get(method, ()) if key not in edit]
+    missing = [key for key in edited if key not in edit]
     if missing:
         problems.append(f"{where}: {method}: needs {', '.join(missing)}, here or in {VALUES / scale}.yaml")
     return [replace(run, settings=_sorted(training), edit=_sorted(edit))]
@@ -261,10 +247,10 @@ def method_values(scale: str, task: str) -> dict[str, dict[str, Any]]:
     for method, values in found.items():
         if method in ("lora", "sculpt"):
             problems.append(f"{file}: {task}: {method}: its values belong in {config_file(scale, task, method)}")
-        elif method not in LABELS:
-            problems.append(f"{file}: {task}: {method!r} is not one of {', '.join(LABELS)}")
+        elif method not in METHODS:
+            problems.append(f"{file}: {task}: {method!r} is not one of {', '.join(METHODS)}")
         elif method in EDITS:
-            extra = [key for key in values if key not in EDITS[method]]
+            extra = [key for key in values if key not in METHODS[method].fields]
             problems += [f"{file}: {task}: {method}: {key}: not a field of this edit" for key in extra]
     if problems:
         raise UserError(problems)
@@ -301,7 +287,7 @@ def _effective(scale: str, method: str, settings: dict[str, Any]) -> dict[str, A
     connector = settings.get("connector")
     if connector != "full":
         without.add("mm_projector_lr")
-    if method not in ("l2", "orth"):
+    if "reg_lambda" not in METHODS[method].fields:
         without.add("reg_lambda")
     if method != "sculpt":
         without |= {key for key in settings if key.startswith("sculpt_")}

@@ -13,7 +13,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from llava_sculpt.experiments.grid import ZERO_SHOT, Run
+from llava_sculpt.experiments.grid import Run
+from llava_sculpt.names import ZERO_SHOT
 
 # Seconds assumed where nothing was measured: training of one epoch, an edit, scoring of one model. Tiny: one thread on
 # a core of a shared machine. Paper: 4 x RTX 4090, computed (docs/reproduce.md).

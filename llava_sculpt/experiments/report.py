@@ -18,7 +18,8 @@ from llava_sculpt.experiments.grid import GRIDS, Grid, method_values, read_grid,
 from llava_sculpt.experiments.pages import to_html, to_markdown
 from llava_sculpt.experiments.results import read_results, results_folder
 from llava_sculpt.experiments.summary import Row, choose, labels_of, rows_of
-from llava_sculpt.experiments.tables import TASK_NAMES, Table, make_table
+from llava_sculpt.experiments.tables import Table, make_table
+from llava_sculpt.names import TARGETS, TASKS
 from llava_sculpt.records import write_atomically
 
 TABLE_GRIDS = ("table1", "table2", "table3", "tableI")
@@ -208,7 +209,7 @@ def _choices(scale: str, results: Mapping[str, dict[str, Any]]) -> list[Choice]:
         for (task, _), ranked in choose(rows).items():
             if len(ranked) > 1:
                 best, score = ranked[0]
-                found.append(Choice(TASK_NAMES[task], labels[id(best)], len(ranked), score, ranked[1][1]))
+                found.append(Choice(TASKS[task].label, labels[id(best)], len(ranked), score, ranked[1][1]))
     return found
 
 
@@ -219,7 +220,7 @@ def _missing(
     if there == len(grid.runs):
         return None
     names = labels_of(rows)
-    settings = [f"{TASK_NAMES[row.task]}: {name}" for row, name in zip(rows, names, strict=True) if not row.results]
+    settings = [f"{TASKS[row.task].label}: {name}" for row, name in zip(rows, names, strict=True) if not row.results]
     command = f"llava-sculpt experiment {grid.name} --scale {scale} --seeds {seeds}"
     return Missing(grid.name, there, len(grid.runs), settings, command)
 
@@ -237,13 +238,13 @@ def _facts(scale: str, shown: Mapping[str, dict[str, Any]]) -> list[tuple[str, s
         for record in records
     )
     metrics = {
-        TASK_NAMES[name]: f"{task['metric']} ({task['variant']}), N {task['n']}"
+        TASKS[name].label: f"{task['metric']} ({task['variant']}), N {task['n']}"
         for content in shown.values()
         for name, task in content["tasks"].items()
     }
     chosen = [
-        f"{TASK_NAMES[task]}: {method} {', '.join(f'{key} {value:g}' for key, value in values.items())}"
-        for task in ("iconqa", "coco")
+        f"{TASKS[task].label}: {method} {', '.join(f'{key} {value:g}' for key, value in values.items())}"
+        for task in TARGETS
         for method, values in method_values(scale, task).items()
     ]
     return [

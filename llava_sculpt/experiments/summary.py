@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
-from llava_sculpt.experiments.grid import ANY_TASK, LABELS, ZERO_SHOT, Run
+from llava_sculpt.experiments.grid import ANY_TASK, Run
 from llava_sculpt.experiments.results import mean_and_interval
+from llava_sculpt.names import METHODS, ZERO_SHOT
 
 SCORES = ("source", "target", "avg")
 # Differ between the tasks' YAMLs, and say nothing of the method.
@@ -58,7 +59,8 @@ def labels_of(rows: Iterable[Row]) -> list[str]:
         keys = dict.fromkeys(key for settings in same for key in settings if key not in _BY_TASK)
         differing[row.run.method] = [key for key in keys if len({str(settings.get(key)) for settings in same}) > 1]
     return [
-        " ".join([LABELS[row.run.method], *(_told(row.run, key) for key in differing[row.run.method])]) for row in rows
+        " ".join([METHODS[row.run.method].label, *(_told(row.run, key) for key in differing[row.run.method])])
+        for row in rows
     ]
 
 

@@ -8,22 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llava_sculpt.experiments.grid import LABELS, ZERO_SHOT
 from llava_sculpt.experiments.summary import SCORES, Row
-from llava_sculpt.tasks import SOURCES
+from llava_sculpt.names import METHODS, SOURCES, TASKS, ZERO_SHOT
 
 PAPER_FILE = Path(__file__).with_name("paper_results.json")
-TASK_NAMES = {
-    "iconqa": "IconQA",
-    "coco": "COCO-Caption",
-    "okvqa": "OKVQA",
-    "ocrvqa": "OCRVQA",
-    "gqa": "GQA",
-    "textvqa": "TextVQA",
-}
-COLUMN_NAMES = {**{name: TASK_NAMES[name] for name in SOURCES}, "source": "Source", "target": "Target", "avg": "Avg"}
+COLUMN_NAMES = {**{name: TASKS[name].label for name in SOURCES}, "source": "Source", "target": "Target", "avg": "Avg"}
 _ALL = (*SOURCES, *SCORES)
-_TABLE1_ORDER = ("lora", "dora", "l2", "orth", "model_tailor", "dare", "sculpt")
 _CONNECTORS = {"full": "FFT", "lora": "LoRA", "frozen": "Freeze", "sculpt": "Ours"}
 
 Results = Mapping[str, dict[str, Any]]
@@ -109,7 +99,7 @@ def _table1(title: str, rows: list[Row], paper: dict[str, Any]) -> list[Table]:
             Block(
                 "",
                 [
-                    _line(row, _ALL, known["zero_shot"][TASK_NAMES[task]], reference=True)
+                    _line(row, _ALL, known["zero_shot"][TASKS[task].label], reference=True)
                     for row in here
                     if row.run.method == ZERO_SHOT
                 ],
@@ -117,15 +107,15 @@ def _table1(title: str, rows: list[Row], paper: dict[str, Any]) -> list[Table]:
         ]
         for rank in sorted({row.run.setting("lora_r") for row in here if row.run.seed is not None}):
             block = Block(f"LoRA rank {rank}")
-            for method in _TABLE1_ORDER:
-                values = known["ranks"].get(str(rank), {}).get(LABELS[method], {}).get(TASK_NAMES[task], {})
+            for method in METHODS:
+                values = known["ranks"].get(str(rank), {}).get(METHODS[method].label, {}).get(TASKS[task].label, {})
                 block.lines += [
                     _line(row, _ALL, values)
                     for row in here
                     if row.run.method == method and row.run.setting("lora_r") == rank
                 ]
             blocks.append(block)
-        tables.append(Table(f"table1_{task}", f"Table 1, {TASK_NAMES[task]}: {title}", _ALL, blocks))
+        tables.append(Table(f"table1_{task}", f"Table 1, {TASKS[task].label}: {title}", _ALL, blocks))
     return tables
 
 
@@ -149,15 +139,15 @@ def _table3(title: str, rows: list[Row], paper: dict[str, Any]) -> list[Table]:
         reference, block = Block(""), Block("rank 32")
         for row in (row for row in rows if row.task == task):
             if row.run.method == ZERO_SHOT:
-                values = known[None, None][TASK_NAMES[task]]
+                values = known[None, None][TASKS[task].label]
                 reference.lines.append(_line(row, SCORES, values, reference=True))
                 continue
             srr, rkh = parts_of(row)
-            values = known.get((srr, rkh), {}).get(TASK_NAMES[task], {})
+            values = known.get((srr, rkh), {}).get(TASKS[task].label, {})
             label = " + ".join([*(["SRR"] if srr else []), *(["RKH"] if rkh else [])]) or "LoRA (neither)"
             block.lines.append(_line(row, SCORES, values, label=label))
         block.lines.sort(key=lambda line: ("LoRA (neither)", "RKH", "SRR", "SRR + RKH").index(line.label))
-        tables.append(Table(f"table3_{task}", f"Table 3, {TASK_NAMES[task]}: {title}", SCORES, [reference, block]))
+        tables.append(Table(f"table3_{task}", f"Table 3, {TASKS[task].label}: {title}", SCORES, [reference, block]))
     return tables
 
 
@@ -190,7 +180,7 @@ def _line(
     for column in columns:
         mean, half = row.mean(column) or (None, None)
         cells.append(Cell(mean, half, paper.get(COLUMN_NAMES[column])))
-    return Line(label or LABELS[row.run.method], sorted(row.results, key=str), cells, reference)
+    return Line(label or METHODS[row.run.method].label, sorted(row.results, key=str), cells, reference)
 
 
 def _mark(block: Block) -> None:

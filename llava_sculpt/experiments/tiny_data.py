@@ -6,17 +6,13 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import llava_sculpt.tasks
 import llava_sculpt.tiny
+from llava_sculpt.names import TASKS
 from llava_sculpt.records import write_json
-from llava_sculpt.tasks import SOURCES, TARGETS, prepare_benchmark
+from llava_sculpt.tasks import prepare_benchmark
 from llava_sculpt.tiny.world import write_raw_world
-
-# The tiny model answers with words: a learnt letter does not train at its size, and OCR tokens in the prompt would
-# answer its TextVQA by themselves.
-OPTIONS: dict[str, dict[str, Any]] = {"iconqa": {"answer_style": "text"}, "textvqa": {"ocr_tokens": False}}
 
 
 def prepare_tiny_world(root: Path, seed: int = 0) -> None:
@@ -28,8 +24,8 @@ def prepare_tiny_world(root: Path, seed: int = 0) -> None:
     print(f"generating the tiny world in {root}", flush=True)
     shutil.rmtree(root, ignore_errors=True)
     write_raw_world(root, seed)
-    for name in (*TARGETS, *SOURCES):
-        prepare_benchmark(name, root / "raw" / name, root / name, **OPTIONS.get(name, {}))
+    for name, task in TASKS.items():
+        prepare_benchmark(name, root / "raw" / name, root / name, **task.tiny_options)
     write_json(marker, current)
 
 
@@ -38,6 +34,6 @@ def _code_hash() -> str:
     digest = hashlib.sha256()
     for package in (llava_sculpt.tiny, llava_sculpt.tasks):
         for file in sorted(Path(package.__path__[0]).rglob("*")):
-            if file.suffix in (".py", ".png"):
+            if file.suffix in (".py", ".png") and "pretraining" not in file.parts:
                 digest.update(file.read_bytes())
     return digest.hexdigest()

@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from llava_sculpt.errors import UserError
-from llava_sculpt.experiments.grid import ZERO_SHOT, Run
+from llava_sculpt.experiments.grid import Run
 from llava_sculpt.experiments.jobs import Job, adapter_folder, adapter_root, is_made
 from llava_sculpt.experiments.results import RECORD, result_file, write_result
+from llava_sculpt.names import PENALTIES, ZERO_SHOT
 
 PRELOAD = [
     "llava_sculpt.experiments.finetune",
@@ -34,7 +35,7 @@ PRELOAD = [
     "llava_sculpt.artifacts.edit",
     "llava_sculpt.artifacts.tailor",
 ]
-_CURVES = ("step", "loss", "task_loss", "cmr_llm", "cmr_connector", "l2_penalty", "orth_penalty")
+_CURVES = ("step", "loss", "task_loss", "cmr_llm", "cmr_connector", *(f"{name}_penalty" for name in PENALTIES))
 _CURVE_POINTS = 40
 
 

@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava_sculpt.config import REGULARIZED_METHODS, Config, parse_config, read_command_line, read_yaml
+from llava_sculpt.config import Config, parse_config, read_command_line, read_yaml
 from llava_sculpt.data.conversation import IMAGE_TOKEN_INDEX, encode_record, record_problems
 from llava_sculpt.data.dataset import read_records
 from llava_sculpt.data.tokenizer import LlavaTokenizer
 from llava_sculpt.errors import UserError
 from llava_sculpt.memory.parts import Architecture, Setup, Zero, memory_parts, moments, step_flops
 from llava_sculpt.model.from_original import CLIP_L_336, hf_config, is_original, known_tower
+from llava_sculpt.names import PENALTIES
 
 GIB = 2**30
 GB = 10**9
@@ -314,7 +315,7 @@ def _notes(config: Config, setup: Setup, *, read_lengths: bool) -> Iterator[str]
         # PEFT makes BA by sending an identity through it, adds it to W and takes norms, module by module.
         beside = setup.width * max(columns**2 + 3 * rows * columns for rows, columns in matrices)
         yield f"method dora: the norms of W + BA, about {_gib(beside)} for a moment in every layer, are not counted"
-    if method in REGULARIZED_METHODS:
+    if method in PENALTIES:
         copies = 4 * setup.llm_lora // setup.gpus
         yield f"method {method}: what its term keeps until backward, up to {_gib(copies)}, is not counted"
 

@@ -1,7 +1,7 @@
 """The paper's baselines, each on the tensors of one layer. Two interfaces:
 
-- a penalty for the loss, differentiable in A and B (``l2``: L2-Reg, ``orth``: Orth-Reg); ``train/regularizer.py`` sums
-  it over the layers;
+- a penalty for the loss, differentiable in A and B (``l2``: L2-Reg, ``orth``: Orth-Reg), named ``NAME_penalty``;
+  ``train/regularizer.py`` finds it by its name and sums it over the layers;
 - an edit of what training has left (``post_prune``, ``dare``, ``model_tailor``); ``artifacts/edit.py`` and
   ``artifacts/tailor.py`` apply it to a trained adapter.
 

@@ -7,6 +7,8 @@ from typing import Any
 from transformers import ProgressCallback, TrainerControl, TrainerState
 from transformers import TrainingArguments as HfTrainingArguments
 
+from llava_sculpt.names import METHODS, PENALTIES
+
 
 class ConsoleCallback(ProgressCallback):
     """Hugging Face's progress bar with readable log lines in place of printed dictionaries."""
@@ -31,8 +33,7 @@ def log_line(step: int, steps: int, logs: dict[str, Any]) -> str:
         ("task_loss", "task", ".4f"),
         ("cmr_llm", "CMR llm", ".3e"),
         ("cmr_connector", "CMR connector", ".3e"),
-        ("l2_penalty", "L2", ".3e"),
-        ("orth_penalty", "orth", ".3e"),
+        *((f"{name}_penalty", METHODS[name].label, ".3e") for name in PENALTIES),
         ("lr_lora", "lr lora", ".1e"),
         ("lr_connector", "lr connector", ".1e"),
         ("density", "density", ".3f"),

@@ -13,14 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib import import_module
 from typing import Any, Protocol
 
 import torch
 from torch import distributed as dist
 
 from llava_sculpt.config import Config, SculptConfig
-from llava_sculpt.methods import l2_penalty, orth_penalty
 from llava_sculpt.model.lora import CONNECTOR_TARGETS, LLM_TARGETS, REGULARIZED_LLM, LoraPair, matching_pairs
+from llava_sculpt.names import LORASCULPT, METHODS, PENALTIES
 from llava_sculpt.sculpt import (
     Norm,
     Retention,
@@ -61,35 +62,30 @@ def sculpt_config(config: Config) -> SculptConfig:
 def make_regularizer(pairs: list[LoraPair], config: Config) -> Regularizer | None:
     """The term of the configured method; None for those that change no loss."""
     sculpt = config.sculpt
-    if sculpt.method == "sculpt":
+    if sculpt.method == LORASCULPT:
         return ConflictRegularizer(pairs, sculpt_config(config))
-    if sculpt.method in _PENALTIES and sculpt.reg_lambda > 0:
+    if sculpt.method in PENALTIES and sculpt.reg_lambda > 0:
         return SumRegularizer(sculpt.method, pairs, sculpt.reg_lambda)
     return None
 
 
-# Of one layer, given its A, B, and the pair they belong to.
-_PENALTIES: dict[str, Callable[[torch.Tensor, torch.Tensor, LoraPair], torch.Tensor]] = {
-    "l2": lambda lora_A, lora_B, pair: l2_penalty(lora_A, lora_B),
-    "orth": lambda lora_A, lora_B, pair: orth_penalty(lora_A, lora_B, pair.weight()),
-}
-
-
 class SumRegularizer:
-    """strength * sum of a penalty over all LoRA pairs, the connector's included: L2-Reg and Orth-Reg.
+    """strength * sum of a penalty over all LoRA pairs, the connector's included: L2-Reg, Orth-Reg.
 
-    Orth-Reg needs whole W: it does not run with W in pieces (ZeRO-3), which is refused before training. L2-Reg then
-    gathers A and B, and every process computes all of it.
+    The penalty of one pair is `methods/NAME.py`'s `NAME_penalty` of A, B and, where the method asks for it, the whole
+    W; the latter does not run with W in pieces (ZeRO-3), which is refused before training. The others then gather A
+    and B, and every process computes all of it.
 
     Args:
-        method: l2 or orth; the log has its value as `l2_penalty` or `orth_penalty`.
+        method: a penalty of `names.METHODS`; the log has its value as `NAME_penalty`.
         pairs: every LoRA pair of the model.
         strength: lambda.
     """
 
     def __init__(self, method: str, pairs: list[LoraPair], strength: float) -> None:
         self.pairs, self.strength = pairs, strength
-        self._name, self._penalty = f"{method}_penalty", _PENALTIES[method]
+        self._name, self._whole_weight = f"{method}_penalty", METHODS[method].whole_weight
+        self._of_layer = getattr(import_module(f"llava_sculpt.methods.{method}"), self._name)
         self._sum = _SharedSum(pairs, self._terms)
         self._value = torch.zeros(())
 
@@ -114,6 +110,10 @@ class SumRegularizer:
 
     def values(self) -> dict[str, float]:
         return {self._name: float(self._value)}
+
+    def _penalty(self, lora_A: torch.Tensor, lora_B: torch.Tensor, pair: LoraPair) -> torch.Tensor:
+        weight = [pair.weight()] if self._whole_weight else []
+        return self._of_layer(lora_A, lora_B, *weight)
 
     def _terms(self, pair: LoraPair) -> Sequence[torch.Tensor]:
         with torch.enable_grad():

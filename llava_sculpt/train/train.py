@@ -36,6 +36,7 @@ from llava_sculpt.model.checkpoint import BaseCheckpoint, find_base_checkpoint
 from llava_sculpt.model.files import ADAPTER_FILE, RUN_FILE, read_tensors
 from llava_sculpt.model.load import check_bits, load_base
 from llava_sculpt.model.lora import inject_lora
+from llava_sculpt.names import METHODS
 from llava_sculpt.records import file_sha256, versions, write_json
 from llava_sculpt.sculpt import SculptSchedule
 from llava_sculpt.train.callback import check_masks
@@ -157,8 +158,10 @@ def _check_against_data(config: Config, checkpoint: BaseCheckpoint, steps: int) 
             f"bits: 4 on a CPU needs matrices whose input width is a multiple of 64, this model has {widths[0]} "
             "(bitsandbytes reads others back wrongly there); use bits: 8 or 16"
         )
-    if config.sculpt.method == "orth" and stage == 3:
-        problems.append("method: orth does not go with ZeRO-3 (it needs whole weights); use configs/zero2.json")
+    if METHODS[config.sculpt.method].whole_weight and stage == 3:
+        problems.append(
+            f"method: {config.sculpt.method} does not go with ZeRO-3 (it needs whole weights); use configs/zero2.json"
+        )
     if config.model.lora_r > checkpoint.smallest_dimension:
         problems.append(
             f"lora_r: {config.model.lora_r} is above the smallest dimension of the adapted matrices "

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llava_sculpt.experiments.tiny_data import OPTIONS, _code_hash
-from llava_sculpt.tasks import SOURCES, TARGETS, prepare_benchmark
+from llava_sculpt.experiments.tiny_data import _code_hash
+from llava_sculpt.names import TASKS
+from llava_sculpt.tasks import prepare_benchmark
 from llava_sculpt.tiny.world import write_raw_world
 
 REPOSITORY = Path(__file__).parents[2]
@@ -35,8 +36,8 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny world with 24 training samples and 3 validation questions for each task."""
     root = tmp_path_factory.mktemp("world") / "tiny"
     write_raw_world(root, 0)
-    for name in (*TARGETS, *SOURCES):
-        prepare_benchmark(name, root / "raw" / name, root / name, samples=24, val_samples=3, **OPTIONS.get(name, {}))
+    for name, task in TASKS.items():
+        prepare_benchmark(name, root / "raw" / name, root / name, samples=24, val_samples=3, **task.tiny_options)
     (root / "world.json").write_text(json.dumps({"seed": 0, "code": _code_hash()}))
     return root
 

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from llava_sculpt import config
 from llava_sculpt.errors import UserError
-from llava_sculpt.experiments.grid import LABELS, SCALES, TRAINED, read_grid
+from llava_sculpt.experiments.grid import SCALES, read_grid
 from llava_sculpt.experiments.jobs import adapter_folder, make_plan
 from llava_sculpt.experiments.runner import experiment
 from llava_sculpt.experiments.summary import rows_of
@@ -23,11 +22,6 @@ TABLES = ["table1", "table2", "table3", "tableI", "fig1", "fig3", "fig4", "fig5"
 def here(study: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(study)
     return study
-
-
-def test_methods_are_those_of_training() -> None:
-    assert set(TRAINED) == set(config.METHODS)
-    assert {method: LABELS[method] for method in TRAINED} == config.METHOD_NAMES
 
 
 def test_a_list_stands_for_all_combinations_and_none_twice(here: Path) -> None:

@@ -11,6 +11,7 @@ from llava_sculpt.evaluation.scorers.exact import score_exact
 from llava_sculpt.evaluation.scorers.gqa import score_gqa
 from llava_sculpt.evaluation.scorers.score import QuestionId, Score
 from llava_sculpt.evaluation.scorers.vqa import score_okvqa, score_textvqa
+from llava_sculpt.names import TASKS
 
 __all__ = ["Score", "score_predictions"]
 
@@ -24,14 +25,15 @@ def score_predictions(
     `okvqa_variant` is "authors" (the paper's) or "official" and concerns OK-VQA only. Raises UserError for an
     unknown task and for predictions that do not fit the gold answers one to one.
     """
-    if task == "okvqa":
+    if task not in TASKS:
+        raise UserError(f"no scorer for the task {task!r}")
+    scorer = TASKS[task].scorer
+    if scorer == "okvqa":
         return score_okvqa(gold, predictions, okvqa_variant)
-    if task == "textvqa":
+    if scorer == "textvqa":
         return score_textvqa(gold, predictions)
-    if task == "gqa":
+    if scorer == "gqa":
         return score_gqa(gold, predictions)
-    if task in ("ocrvqa", "iconqa"):
-        return score_exact(gold, predictions, task)
-    if task == "coco":
+    if scorer == "caption":
         return score_captions(gold, predictions)
-    raise UserError(f"no scorer for the task {task!r}")
+    return score_exact(gold, predictions, task)

@@ -1,0 +1,81 @@
+"""The methods and the tasks, one row each: what the command line, training, grids, tables and figures call them.
+
+Adding a baseline or a data set begins with a row here (CONTRIBUTING.md). Imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+LORASCULPT = "sculpt"
+ZERO_SHOT = "zero_shot"
+LORA = "lora"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to fine-tune.
+
+    Attributes:
+        label: its name in tables and figures, as in the paper.
+        kind: `base` (the untouched model), `training` (LoRA trained in some way), `penalty` (LoRA trained with
+            `methods/NAME.py`'s `NAME_penalty` in the loss) or `edit` (`artifacts/NAME.py`'s `NAME` changes a trained
+            LoRA).
+        fields: its settings beside those of plain LoRA.
+        whole_weight: a penalty that reads the frozen W, so that it cannot run with W in pieces (ZeRO-3).
+    """
+
+    label: str
+    kind: str
+    fields: tuple[str, ...] = ()
+    whole_weight: bool = False
+
+
+METHODS = {
+    ZERO_SHOT: Method("Zero-shot", "base"),
+    LORA: Method("LoRA", "training"),
+    "dora": Method("DoRA", "training"),
+    "l2": Method("L2-Reg", "penalty", ("reg_lambda",)),
+    "orth": Method("Orth-Reg", "penalty", ("reg_lambda",), whole_weight=True),
+    "model_tailor": Method("Model Tailor", "edit", ("keep", "samples")),
+    "dare": Method("DARE", "edit", ("drop",)),
+    "post_prune": Method("Post-pruning", "edit", ("density",)),
+    LORASCULPT: Method("LoRASculpt", "training"),
+}
+TRAINED = tuple(name for name, method in METHODS.items() if method.kind in ("training", "penalty"))
+PENALTIES = tuple(name for name, method in METHODS.items() if method.kind == "penalty")
+EDITS = tuple(name for name, method in METHODS.items() if method.kind == "edit")
+
+
+@dataclass(frozen=True)
+class TaskName:
+    """A data set that models are trained on (Target) or that shows what they forget (Source).
+
+    `tasks/NAME.py` prepares it from its official files.
+
+    Attributes:
+        label: its name in tables and figures, as in the paper.
+        role: `target` or `source`.
+        scorer: what scores its answers (`evaluation/scorers/`).
+        tiny_options: of its preparation at the tiny scale.
+    """
+
+    label: str
+    role: str
+    scorer: str
+    tiny_options: dict[str, Any] = field(default_factory=dict)
+
+
+TASKS = {
+    # The tiny model answers with words: a learnt letter does not train at its size, and OCR tokens in the prompt would
+    # answer its TextVQA by themselves.
+    "iconqa": TaskName("IconQA", "target", "exact", {"answer_style": "text"}),
+    "coco": TaskName("COCO-Caption", "target", "caption"),
+    "okvqa": TaskName("OKVQA", "source", "okvqa"),
+    "ocrvqa": TaskName("OCRVQA", "source", "exact"),
+    "gqa": TaskName("GQA", "source", "gqa"),
+    "textvqa": TaskName("TextVQA", "source", "textvqa", {"ocr_tokens": False}),
+}
+TARGETS = tuple(name for name, task in TASKS.items() if task.role == "target")
+SOURCES = tuple(name for name, task in TASKS.items() if task.role == "source")
