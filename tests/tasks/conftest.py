@@ -113,7 +113,7 @@ def _textvqa(raw: Path) -> None:
         put(raw / f"TextVQA_Rosetta_OCR_v0.2_{part}.json", {"data": ocr})
 
 
-_WRITERS = {
+WRITERS = {
     "iconqa": _iconqa,
     "coco": _coco,
     "okvqa": _okvqa,
@@ -129,7 +129,7 @@ def make_raw(tmp_path: Path) -> Builder:
 
     def make(name: str) -> Path:
         raw = tmp_path / "raw" / name
-        _WRITERS[name](raw)
+        WRITERS[name](raw)
         return raw
 
     return make
