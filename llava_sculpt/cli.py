@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from llava_sculpt.errors import UserError
 from llava_sculpt.names import LORASCULPT, TARGETS, TASKS, TRAINED
@@ -20,7 +21,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="llava-sculpt", description="LoRASculpt for LLaVA-1.5.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (summary, add_arguments, _) in _COMMANDS.items():
-        add_arguments(commands.add_parser(name, help=summary, description=summary, allow_abbrev=False))
+        command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        if arguments[:1] == [name]:  # flags of the others are not needed
+            add_arguments(command)
     if arguments[:1] == ["train"]:  # its flags are the training configuration's, parsed there
         from llava_sculpt.train.train import main as train
 
@@ -158,28 +161,29 @@ def _eval(options: argparse.Namespace) -> int:
 
 
 def _add_prepare(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", choices=TASKS)
-    parser.add_argument("--raw", type=Path, required=True, help="folder with the official files")
-    parser.add_argument("--out", type=Path, required=True, help="prepared folder, e.g. data/iconqa")
-    given = argparse.SUPPRESS  # absent means the data set's own default
-    parser.add_argument("--samples", type=int, default=given, help="random training samples (default 10000)")
-    parser.add_argument("--val_samples", type=int, default=given, help="random validation questions")
-    parser.add_argument("--test_samples", type=int, default=given, help="random test questions")
-    parser.add_argument("--seed", type=int, default=given)
-    parser.add_argument("--questions", type=Path, default=given, help="LLaVA question file to ask in the test split")
-    parser.add_argument("--answer_style", choices=_ANSWER_STYLES, default=given, help="iconqa only")
-    parser.add_argument("--instruction", action=argparse.BooleanOptionalAction, default=given, help="iconqa only")
-    parser.add_argument("--ocr_tokens", action=argparse.BooleanOptionalAction, default=given, help="textvqa only")
-    parser.add_argument("--train_captions", choices=["karpathy", "official"], default=given, help="coco only")
-    parser.add_argument("--test_prompt", default=given, help="coco only")
-    parser.add_argument("--overwrite", action="store_true", default=given)
+    from llava_sculpt.tasks import prepare_options
+
+    names = parser.add_subparsers(dest="name", required=True, metavar="|".join(TASKS))
+    for name, task in TASKS.items():
+        summary = f"{task.label}: official files -> prepared folder"
+        part = names.add_parser(name, description=summary, allow_abbrev=False)
+        part.add_argument(
+            "--raw", type=Path, required=True, help=f"folder with the official files, e.g. data/raw/{name}"
+        )
+        part.add_argument("--out", type=Path, required=True, help=f"prepared folder, e.g. data/{name}")
+        for flag, option in prepare_options(name).items():
+            settings: dict[str, Any] = {"type": option.kind, "choices": option.choices}
+            if option.kind is bool:
+                settings = {"action": argparse.BooleanOptionalAction if option.default else "store_true"}
+            shown = option.default is not None and option.default is not False
+            text = f"{option.help} (default: {option.default})" if shown else option.help
+            part.add_argument(f"--{flag}", default=option.default, help=text, **settings)
 
 
 def _prepare(options: argparse.Namespace) -> int:
-    from llava_sculpt.tasks import prepare_benchmark
+    from llava_sculpt.tasks import prepare_benchmark, prepare_options
 
-    own = ("command", "train_flags", "arguments", "name", "raw", "out")
-    given = {k: v for k, v in vars(options).items() if k not in own}
+    given = {key: getattr(options, key) for key in prepare_options(options.name)}
     manifest = prepare_benchmark(options.name, options.raw, options.out, **given)
     counts = ", ".join(f"{split} {facts['n']:,}" for split, facts in manifest["splits"].items())
     print(f"{options.out}: {counts}; {manifest['prompt_style']}; {manifest['license']}")

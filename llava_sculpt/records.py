@@ -1,4 +1,4 @@
-"""What every result is recorded with: files that are never seen half written, hashes, versions."""
+"""Files that are never seen half written, JSON that names its errors, hashes and versions."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import llava_sculpt
+from llava_sculpt.errors import UserError
 
 _PACKAGES = (
     "torch transformers peft accelerate safetensors sentencepiece pillow deepspeed bitsandbytes pycocoevalcap".split()
@@ -38,6 +39,35 @@ def write_atomically(path: Path, content: bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON with sorted keys, atomically; what JSON does not know becomes a string."""
     write_atomically(path, (json.dumps(value, indent=2, sort_keys=True, default=str) + "\n").encode())
+
+
+def read_text(path: Path) -> str:
+    """The UTF-8 text of a file. UserError naming the file if it is missing or cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: file not found") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+
+
+def parse_json(text: str, path: Path, line: int | None = None) -> Any:
+    """The JSON value in `text`, which is all of the file at `path` or its line `line`. UserError that says where."""
+    source = f"{path}: line {line}" if line else str(path)
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"column {error.colno}" if line else f"line {error.lineno}, column {error.colno}"
+        raise UserError(f"{source}: not valid JSON ({place}: {error.msg})") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise UserError(f"{source}: not valid JSON ({error})") from error
+    except RecursionError as error:
+        raise UserError(f"{source}: not valid JSON (nested too deeply)") from error
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in a file. UserError naming the file, and the place in it, if it is missing or not valid."""
+    return parse_json(read_text(path), path)
 
 
 def file_sha256(path: str | Path) -> str:

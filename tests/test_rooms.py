@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "llava_sculpt"
 BELOW = {
     "sculpt": set(),
-    "data": {"errors"},
+    "data": {"errors", "records"},
     "methods": {"sculpt"},
     "model": {"errors", "records", "data", "sculpt"},
     "artifacts": {"errors", "records", "data", "sculpt", "methods", "model"},

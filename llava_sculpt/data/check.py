@@ -6,8 +6,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from llava_sculpt.data.conversation import IGNORE_INDEX, IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX, encode_record
-from llava_sculpt.data.dataset import expanded_length, length_problems, read_records, validate_dataset
+from llava_sculpt.data.dataset import expanded_length, length_problems, validate_dataset
 from llava_sculpt.data.tokenizer import LlavaTokenizer
 from llava_sculpt.errors import UserError
 
@@ -24,30 +26,27 @@ def check_data(
     model_max_length: int = 2048,
     samples: int = 3,
 ) -> dict[str, Any]:
-    """Validate every record and image of a training file; returns its lengths and some records as they are trained.
+    """Validate every record and image of a training file; returns its lengths and some encoded records.
 
-    Lengths are in tokens with `image_tokens` for the image, before the cut at `model_max_length`. "samples" are
+    Lengths are in tokens with `image_tokens` for the image, before the cut at `model_max_length`; a percentile is the
+    shortest length that at least so many percent of the records do not exceed. "samples" are
     `samples` records evenly spaced over the file, each with "input_ids" (IMAGE_TOKEN_INDEX for the image, not cut),
-    "labels" and "text", in which the part that is trained on stands between ⟦ and ⟧. Raises one UserError with
-    everything that is wrong, as training would.
+    "labels" and "text", in which ⟦ and ⟧ enclose what the loss is computed on. Raises one UserError with all
+    problems, as training would.
     """
     if samples < 0 or model_max_length < 1:
         raise UserError(f"samples and model_max_length must not be negative, got {samples} and {model_max_length}")
     lengths: list[int] = []
     trained = 0
 
-    def encode(_: int, record: dict[str, Any]) -> list[str]:
+    def measure(record: dict[str, Any]) -> list[str]:
         nonlocal trained
-        try:
-            ids, labels = encode_record(record, tokenizer)
-        except UserError as error:
-            return error.problems
+        ids, labels = encode_record(record, tokenizer)
         lengths.append(expanded_length(ids, image_tokens))
         trained += sum(label != IGNORE_INDEX for label in labels)
         return length_problems(ids, labels, model_max_length, image_tokens)
 
-    validate_dataset(data_path, image_folder, encode)
-    records = read_records(data_path)
+    records = validate_dataset(data_path, image_folder, measure)
     ordered = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     shown = min(samples, len(records))
     return {
@@ -58,7 +57,7 @@ def check_data(
         "answers": sum(turn["from"] == "gpt" for record in records for turn in record["conversations"]),
         "tokens": sum(lengths),
         "trained_on_tokens": trained,
-        "length_percentiles": {str(p): _percentile(lengths, p) for p in _PERCENTILES},
+        "length_percentiles": {str(p): int(np.percentile(lengths, p, method="inverted_cdf")) for p in _PERCENTILES},
         "model_max_length": model_max_length,
         "truncated": {
             "records": sum(length > model_max_length for length in lengths),
@@ -134,9 +133,3 @@ def _marked_chunk(ids: list[int], labels: list[int], tokenizer: LlavaTokenizer) 
         space = piece[: len(piece) - len(piece.lstrip(" "))] if is_trained else ""
         text += f"{space}{_TRAINED_FROM}{piece[len(space) :]}{_TRAINED_TO}" if is_trained else piece
     return text
-
-
-def _percentile(lengths: list[int], percent: int) -> int:
-    """The smallest length that at least `percent` % of all do not exceed."""
-    ordered = sorted(lengths)
-    return ordered[max(0, -(-len(ordered) * percent // 100) - 1)]

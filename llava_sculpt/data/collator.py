@@ -18,7 +18,8 @@ class TrainCollator:
     Each ``IMAGE_TOKEN_INDEX`` becomes ``image_tokens`` times ``image_token_id`` (not trained on); then the
     sample is cut at ``model_max_length``, as LLaVA does. A batch of B samples, n tokens long, of which k have
     images: ``input_ids``, ``labels`` and ``attention_mask`` int64 [B, n], ``pixel_values`` float32 [k, 3, H, W]
-    in the order of the samples; without any image the key ``pixel_values`` is absent.
+    in the order of the samples. A batch without images gets one more row, a black image that is not trained on, so
+    that every process runs the vision tower.
     """
 
     pad_token_id: int

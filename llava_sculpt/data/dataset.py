@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,70 +10,57 @@ import torch
 from torch.utils.data import Dataset
 
 from llava_sculpt.data.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX, encode_record, record_problems
-from llava_sculpt.data.image_files import image_problems
+from llava_sculpt.data.image_check import image_problems
 from llava_sculpt.data.images import ImagePreprocessor, load_rgb
 from llava_sculpt.data.tokenizer import LlavaTokenizer
 from llava_sculpt.errors import UserError
+from llava_sculpt.records import read_json
 
 MAX_PROBLEMS_SHOWN = 20
 
 
-def read_records(data_path: str | Path) -> list[Any]:
+def read_training_file(data_path: str | Path) -> list[Any]:
     """The list in a LLaVA training file, its items unchecked.
 
     UserError if the file is missing, is not JSON, does not hold a list, or holds an empty one.
     """
-    path = Path(data_path)
     try:
-        records = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: the data file is missing") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the data file ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from error
-    except json.JSONDecodeError as error:
-        hint = "; JSON lines are not read, write one JSON list" if error.msg == "Extra data" else ""
-        raise UserError(
-            f"{path}: not valid JSON at line {error.lineno}, column {error.colno} ({error.msg}){hint}"
-        ) from error
-    except ValueError as error:  # a number of thousands of digits
-        raise UserError(f"{path}: not valid JSON ({error})") from error
-    except RecursionError as error:
-        raise UserError(f"{path}: not a LLaVA data file, its JSON is nested too deeply") from error
+        records = read_json(Path(data_path))
+    except UserError as error:
+        hint = "; JSON lines are not read, write one JSON list" if "Extra data" in str(error) else ""
+        raise UserError(f"{error}{hint}") from error
     if not isinstance(records, list):
-        raise UserError(f"{path}: must hold a JSON list of samples, but holds {type(records).__name__}")
+        raise UserError(f"{data_path}: must hold a JSON list of samples, but holds {type(records).__name__}")
     if not records:
-        raise UserError(f"{path}: holds no samples")
+        raise UserError(f"{data_path}: holds no samples")
     return records
 
 
 def validate_dataset(
     data_path: str | Path,
     image_folder: str | Path | None,
-    more: Callable[[int, dict[str, Any]], list[str]] | None = None,
-) -> None:
-    """Check every record and every image of a training file; one UserError tells all problems.
+    more: Callable[[dict[str, Any]], list[str]] | None = None,
+) -> list[dict[str, Any]]:
+    """Check every record and every image of a training file; returns the records.
 
     Needs neither model nor tokenizer. Each image is opened and read once. Image names start
-    from ``image_folder``, which may be None for a set without images. ``more`` gives the further problems of a
-    record (its position, the record) that has none of its own.
+    from ``image_folder``, which may be None for a set without images. ``more`` returns (or raises as UserError) further
+    problems of a record that has none of its own. Raises one UserError with all problems.
     """
-    records = read_records(data_path)
-    problems = {i: record_problems(record) for i, record in enumerate(records)}
-    for i, record in enumerate(records):
-        problems[i] = problems[i] or (more(i, record) if more else [])
+    records = read_training_file(data_path)
+    problems = _record_problems(records, more)
     images = {i: r["image"] for i, r in enumerate(records) if isinstance(r, dict) and _has_image_name(r)}
     if images and not (image_folder is not None and Path(image_folder).is_dir()):
         where = "no image folder is given" if image_folder is None else f"there is no folder {image_folder}"
         lines = [f"{data_path}: has samples with images, but {where} (image_folder)"]
-        raise UserError(lines + _told(data_path, records, problems))
+        raise UserError(lines + _messages(data_path, records, problems))
     paths = {i: Path(str(image_folder)) / name for i, name in images.items()}
     bad = image_problems(paths.values())
     for i, path in paths.items():
         if path in bad:
             problems[i].append(f"{bad[path]}: {path}")
     _raise_if_any(data_path, records, problems)
+    return records
 
 
 class LlavaDataset(Dataset[dict[str, Any]]):
@@ -105,21 +91,16 @@ class LlavaDataset(Dataset[dict[str, Any]]):
         self.image_folder = Path(image_folder) if image_folder is not None else Path()
         self.tokenizer = tokenizer
         self.preprocessor = preprocessor
-        self.records: list[dict[str, Any]] = read_records(data_path)
+        self.records: list[dict[str, Any]] = read_training_file(data_path)
         self.modality_lengths: list[int] = []
-        problems = {i: record_problems(record) for i, record in enumerate(self.records)}
-        for i, record in enumerate(self.records):
-            if problems[i]:
-                continue
-            try:
-                ids, labels = encode_record(record, tokenizer)
-            except UserError as error:
-                problems[i] = error.problems
-                continue
-            problems[i] = length_problems(ids, labels, model_max_length, image_tokens)
+
+        def measure(record: dict[str, Any]) -> list[str]:
+            ids, labels = encode_record(record, tokenizer)
             length = min(expanded_length(ids, image_tokens), model_max_length)
             self.modality_lengths.append(length if "image" in record else -length)
-        _raise_if_any(data_path, self.records, problems)
+            return length_problems(ids, labels, model_max_length, image_tokens)
+
+        _raise_if_any(data_path, self.records, _record_problems(self.records, measure))
 
     def __len__(self) -> int:
         return len(self.records)
@@ -137,30 +118,37 @@ def _has_image_name(record: dict[str, Any]) -> bool:
     return isinstance(record.get("image"), str) and bool(record["image"].strip())
 
 
-def _expanded(length: int, has_image: bool, image_tokens: int) -> int:
-    return length + (image_tokens - 1 if has_image else 0)
-
-
 def expanded_length(ids: list[int], image_tokens: int) -> int:
-    """Tokens of a sample when the image has its room; not truncated."""
-    return _expanded(len(ids), IMAGE_TOKEN_INDEX in ids, image_tokens)
+    """Number of tokens with ``image_tokens`` for the image placeholder in ``ids``; not truncated."""
+    return len(ids) + (image_tokens - 1) * ids.count(IMAGE_TOKEN_INDEX)
 
 
 def length_problems(ids: list[int], labels: list[int], max_length: int, image_tokens: int) -> list[str]:
-    """What a sample loses that it must not when it is cut at ``max_length``: part of its image, or every answer."""
-    has_image = IMAGE_TOKEN_INDEX in ids
-    image_end = ids.index(IMAGE_TOKEN_INDEX) + image_tokens if has_image else 0
+    """Whether a cut at ``max_length`` tokens would lose part of a sample's image or all of its answers."""
+    behind_image = ids.index(IMAGE_TOKEN_INDEX) + 1 if IMAGE_TOKEN_INDEX in ids else 0
+    image_end = expanded_length(ids[:behind_image], image_tokens)
     if image_end > max_length:
         return [f"the image ends at token {image_end}, beyond model_max_length {max_length}: raise it"]
-    # A trained-on token stands behind the image, or in an earlier round: its place after expansion decides.
     first = next(i for i, label in enumerate(labels) if label != IGNORE_INDEX)
-    place = _expanded(first, has_image and ids.index(IMAGE_TOKEN_INDEX) < first, image_tokens)
+    place = expanded_length(ids[:first], image_tokens)
     if place >= max_length:
         return [f"the first answer is at token {place + 1}, beyond model_max_length {max_length}: raise it"]
     return []
 
 
-def _told(data_path: str | Path, records: list[Any], problems: dict[int, list[str]]) -> list[str]:
+def _record_problems(records: list[Any], more: Callable[[dict[str, Any]], list[str]] | None) -> dict[int, list[str]]:
+    """The problems of each record by its position."""
+    problems = {i: record_problems(record) for i, record in enumerate(records)}
+    for i, record in enumerate(records):
+        if more and not problems[i]:
+            try:
+                problems[i] = more(record)
+            except UserError as error:
+                problems[i] = error.problems
+    return problems
+
+
+def _messages(data_path: str | Path, records: list[Any], problems: dict[int, list[str]]) -> list[str]:
     """One line per problem, with file and record; after ``MAX_PROBLEMS_SHOWN`` only how many more there are."""
     lines = []
     for i, found in problems.items():
@@ -173,6 +161,6 @@ def _told(data_path: str | Path, records: list[Any], problems: dict[int, list[st
 
 
 def _raise_if_any(data_path: str | Path, records: list[Any], problems: dict[int, list[str]]) -> None:
-    lines = _told(data_path, records, problems)
+    lines = _messages(data_path, records, problems)
     if lines:
         raise UserError(lines)

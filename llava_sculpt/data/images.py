@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
-from llava_sculpt.data.image_files import image_error
+from llava_sculpt.data.image_check import image_error
 from llava_sculpt.errors import UserError
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from llava_sculpt.config import Config, parse_config, read_command_line, read_yaml
 from llava_sculpt.data.conversation import IMAGE_TOKEN_INDEX, encode_record, record_problems
-from llava_sculpt.data.dataset import read_records
+from llava_sculpt.data.dataset import read_training_file
 from llava_sculpt.data.tokenizer import LlavaTokenizer
 from llava_sculpt.errors import UserError
 from llava_sculpt.memory.parts import Architecture, Setup, Zero, memory_parts, moments, step_flops
@@ -450,7 +450,7 @@ def _read_lengths(config: Config, image_tokens: int) -> tuple[int, list[int] | N
     path = Path(config.data.data_path)
     if not path.is_file():
         return ASSUMED_SAMPLES, None
-    records = read_records(path)
+    records = read_training_file(path)
     base = Path(config.model.model_name_or_path)
     if not (base / "tokenizer.model").is_file():
         return len(records), None

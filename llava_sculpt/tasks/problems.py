@@ -1,4 +1,4 @@
-"""Everything wrong with a data set's raw files, told in one go."""
+"""All errors in a data set's files, collected and reported together."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llava_sculpt.data.image_files import image_problems
+from llava_sculpt.data.image_check import image_problems
 from llava_sculpt.errors import UserError
 
 T = TypeVar("T")
 
-# Told in full, 200,000 missing images would hide the one broken record beside them.
-_TOLD_PER_FILE = 20
+# In full, 200,000 missing images would hide the one broken record beside them.
+_SHOWN_PER_FILE = 20
 
 
 class Problems:
-    """Everything wrong with the raw files, collected so that one run tells all of it."""
+    """Errors by file and record. The methods that read a field return None, and note why, where it is wrong."""
 
     def __init__(self) -> None:
         self._by_file: dict[str, list[str]] = {}
@@ -42,7 +42,7 @@ class Problems:
             self._by_file.setdefault(str(file), []).extend(error.problems)
 
     def raise_with_images(self) -> None:
-        """Read every image that `image` has found, then `raise_if_any`."""
+        """Read every image that `image` found, then `raise_if_any`."""
         for path, problem in image_problems(self._images).items():
             self.add(*self._images[path], f"{problem}: {path}")
         self.raise_if_any()
@@ -51,9 +51,9 @@ class Problems:
         """Raise one UserError with all problems; long lists of one file are cut after 20 with a count."""
         lines: list[str] = []
         for file, messages in self._by_file.items():
-            lines += messages[:_TOLD_PER_FILE]
-            if len(messages) > _TOLD_PER_FILE:
-                lines.append(f"{file}: ... and {len(messages) - _TOLD_PER_FILE} more problems")
+            lines += messages[:_SHOWN_PER_FILE]
+            if len(messages) > _SHOWN_PER_FILE:
+                lines.append(f"{file}: ... and {len(messages) - _SHOWN_PER_FILE} more problems")
         if lines:
             raise UserError(lines)
 
@@ -76,6 +76,14 @@ class Problems:
             self.add(file, where, f"field {key!r} holds half of a surrogate pair, which is not text")
             return None
         return value
+
+    def fields(self, record: Any, file: Path, where: str, **kinds: type) -> list[Any] | None:
+        """The values of several fields, by their kinds, or None if one is wrong. `question` is read as a question."""
+        values = [
+            self.question(record, key, file, where) if key == "question" else self.value(record, key, kind, file, where)
+            for key, kind in kinds.items()
+        ]
+        return None if None in values else values
 
     def identifier(
         self, record: Any, key: str, file: Path, where: str, seen: set[int | str] | None = None
@@ -110,7 +118,7 @@ class Problems:
         return values
 
     def question(self, record: Any, key: str, file: Path, where: str) -> str | None:
-        """A question's text; a literal "<image>" would be taken for the picture's place and is refused."""
+        """A question's text, which may not contain "<image>": training and evaluation would put the image there."""
         text = self.value(record, key, str, file, where)
         if text is not None and "<image>" in text:
             self.add(file, where, f"field {key!r} contains the reserved text '<image>'")

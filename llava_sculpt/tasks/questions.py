@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 from llava_sculpt.tasks.lines import read_records
 from llava_sculpt.tasks.problems import Problems
 
+SHORT_ANSWER = "\nAnswer the question using a single word or phrase."  # ends the prompts of the Source tasks
+
 
 class Question(NamedTuple):
     """A question of an official file.
 
-    `images` are the places of its picture below the raw folder, `text` the bare question (None where picture and
-    prompt are all there is), `prompt` what the model is asked, `answer` the gold answer where one text is gold.
+    `images` are the possible paths of its image below the image folder, `text` the bare question (None for captions),
+    `prompt` what the model is asked, `answer` the gold answer of benchmarks that have a single one.
     """
 
     question_id: int | str
@@ -24,16 +26,14 @@ class Question(NamedTuple):
     answer: str = ""
 
 
-def asked_by(file: Path, known: Sequence[Question], problems: Problems) -> list[Question]:
+def read_question_file(file: Path, known: Sequence[Question], problems: Problems) -> list[Question]:
     """The questions of a LLaVA question file, in its order, with its prompts and (where it has one) its answers.
 
-    Each line {"question_id" or "id", "image", "text"} is found among `known` by its id, or else by its image and
-    the first line of its text: LLaVA's TextVQA file has image ids for question ids. What cannot be found is noted.
+    Each line {"question_id" or "id", "image", "text"} is looked up among `known` by its id, or else by its image and
+    the first line of its text: LLaVA's TextVQA file has image ids for question ids. Unknown questions are noted.
     """
     by_id = {str(question.question_id): question for question in known}
-    by_text: dict[tuple[str, str], Question] = {}
-    for question in known:
-        by_text[_image_key(question.images[0]), _first_line(question.text)] = question
+    by_text = {(_image_key(question.images[0]), _first_line(question.text)): question for question in known}
     chosen: dict[int | str, Question] = {}
     for where, record in read_records(file):
         question_id = problems.identifier(record, "id" if "question_id" not in record else "question_id", file, where)
@@ -57,7 +57,7 @@ def asked_by(file: Path, known: Sequence[Question], problems: Problems) -> list[
 
 
 def question_lines(raw: Path, chosen: Sequence[Question], file: Path, problems: Problems) -> list[dict[str, Any]]:
-    """Lines of LLaVA's question file; the "<image>" mark is added by the loader, not here. Missing images are noted."""
+    """Lines of LLaVA's question file, without "<image>", which the loader adds. Missing images are noted."""
     lines = []
     for question in chosen:
         image = problems.image(raw, question.images, file, f"question {question.question_id}")

@@ -90,9 +90,9 @@ def test_the_command_for_people_and_programs(folder, checkpoint, capsys):
 
 LONG = "word " * 3000
 BROKEN: list[tuple[Any, str]] = [
-    (None, "the data file is missing"),
-    (b"\xff\xfe", "not UTF-8 text"),
-    (b"[{}", "not valid JSON at line 1"),
+    (None, "train.json: file not found"),
+    (b"\xff\xfe", "cannot be read: 'utf-8' codec"),
+    (b"[{}", "not valid JSON (line 1, column"),
     (b'{"id": 1}\n{"id": 2}', "JSON lines are not read"),
     (b"[" * 100_000, "nested too deeply"),
     (b'[{"id": ' + b"1" * 5000 + b"}]", "not valid JSON (Exceeds the limit"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from llava_sculpt.data.image_files import image_problem, image_problems
+from llava_sculpt.data.image_check import image_problem, image_problems
 from llava_sculpt.data.images import ImagePreprocessor, load_rgb
 from llava_sculpt.errors import UserError
 

@@ -178,7 +178,7 @@ BROKEN: list[tuple[str, Any, str | bytes | None, str]] = [
     ("okvqa", OKVQA, b"\xff\xff", "own: cannot be read"),
     ("okvqa", OKVQA, "", "own: holds no records"),
     ("okvqa", OKVQA, "[]", "own: holds no records"),
-    ("okvqa", OKVQA, "[{]", "own: line 1, column 3: not valid JSON"),
+    ("okvqa", OKVQA, "[{]", "own: not valid JSON (line 1, column 3"),
     ("okvqa", OKVQA, OWN + "\n" + OWN[:-3], "own: line 2: not valid JSON"),
     ("okvqa", OKVQA, OWN + "\n7", "own: line 2: expected an object, found int"),
     ("okvqa", OKVQA, "[" * 100_000, "own: not valid JSON"),

@@ -87,16 +87,16 @@ def test_overwriting_removes_files_of_the_former_request(make_raw, tmp_path):
 
 
 def test_a_failed_write_leaves_no_manifest(make_raw, tmp_path, monkeypatch):
-    from llava_sculpt.tasks import common
+    from llava_sculpt.tasks import preparation
 
-    real = common.write_atomically
+    real = preparation.write_atomically
 
     def full_disk(path: Path, content: bytes) -> None:
         if path.name.startswith("test_annotations"):
             raise OSError(28, "No space left on device")
         real(path, content)
 
-    monkeypatch.setattr(common, "write_atomically", full_disk)
+    monkeypatch.setattr(preparation, "write_atomically", full_disk)
     with pytest.raises(UserError, match="No space left"):
         prepare_benchmark("gqa", make_raw("gqa"), tmp_path / "out")
     assert not (tmp_path / "out" / "manifest.json").exists()
@@ -330,7 +330,7 @@ def test_unknown_names_options_and_folders_are_user_errors(make_raw, tmp_path):
     ):
         with pytest.raises(UserError):
             call()
-    assert prepare_options("textvqa")["ocr_tokens"] is True
+    assert prepare_options("textvqa")["ocr_tokens"].default is True
 
 
 def test_the_command_notes_counts_that_are_not_the_official_ones(make_raw, tmp_path, capsys):

@@ -14,7 +14,7 @@ from llava_sculpt.data.collator import TrainCollator
 from llava_sculpt.data.conversation import IGNORE_INDEX, encode_record
 from llava_sculpt.data.images import ImagePreprocessor
 from llava_sculpt.data.tokenizer import LlavaTokenizer
-from llava_sculpt.tasks.common import SHORT_ANSWER
+from llava_sculpt.tasks.questions import SHORT_ANSWER
 from llava_sculpt.tiny.pretraining.language import answer_logits, exact_match
 from llava_sculpt.tiny.pretraining.packing import Packer
 from llava_sculpt.tiny.pretraining.run import MEAN, STD, new_model, write_preprocessor

@@ -7,7 +7,7 @@ import sentencepiece
 
 from llava_sculpt.data.conversation import IGNORE_INDEX, encode_prompt, encode_record
 from llava_sculpt.data.tokenizer import LlavaTokenizer
-from llava_sculpt.tasks.common import SHORT_ANSWER
+from llava_sculpt.tasks.questions import SHORT_ANSWER
 from llava_sculpt.tiny.pretraining.vocabulary import VOCABULARY, train_tokenizer
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -137,8 +136,7 @@ def test_official_formats(small: None, tmp_path: Path) -> None:
 @pytest.mark.parametrize("task", TASKS)
 def test_prepare_accepts_it(small: None, tmp_path: Path, task: str) -> None:
     write_raw_world(tmp_path)
-    prepare = importlib.import_module(f"llava_sculpt.tasks.{task}").prepare
-    manifest = prepare(tmp_path / "raw" / task, tmp_path / task)
+    manifest = prepare_benchmark(task, tmp_path / "raw" / task, tmp_path / task)
     assert {"val", "test"} <= manifest["splits"].keys()
     assert ("train" in manifest["splits"]) == (task in ("iconqa", "coco"))
 

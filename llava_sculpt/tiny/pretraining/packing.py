@@ -13,7 +13,7 @@ import torch
 
 from llava_sculpt.data.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX, encode_record
 from llava_sculpt.data.tokenizer import LlavaTokenizer
-from llava_sculpt.tasks.common import SHORT_ANSWER
+from llava_sculpt.tasks.questions import SHORT_ANSWER
 from llava_sculpt.tiny.scenes import Item, patches_of
 from llava_sculpt.tiny.sources import Question
 

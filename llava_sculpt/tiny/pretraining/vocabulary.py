@@ -11,8 +11,8 @@ import sentencepiece
 
 from llava_sculpt.data.conversation import SYSTEM
 from llava_sculpt.tasks.coco import DEFAULT_TEST_PROMPT, TRAIN_PROMPTS
-from llava_sculpt.tasks.common import SHORT_ANSWER
 from llava_sculpt.tasks.iconqa import INSTRUCTIONS
+from llava_sculpt.tasks.questions import SHORT_ANSWER
 from llava_sculpt.tiny.assets import ICONS
 from llava_sculpt.tiny.facts import AUTHORS, FACTS, GENRES, SIGN_WORDS, TITLE_WORDS
 from llava_sculpt.tiny.sources import SOURCES
