@@ -8,7 +8,7 @@ from random import Random
 from typing import TypeVar
 
 from llava_sculpt.tiny.scenes import Scene
-from llava_sculpt.tiny.sources import SOURCES, Question
+from llava_sculpt.tiny.sources import QA, SOURCES
 from llava_sculpt.tiny.targets import Choice, coco, iconqa
 
 # Images per split.
@@ -30,7 +30,7 @@ class World:
 
     iconqa: dict[str, list[tuple[Scene, Choice]]]
     coco: dict[str, list[tuple[Scene, list[str]]]]
-    sources: dict[str, dict[str, list[tuple[Scene, list[Question]]]]]
+    sources: dict[str, dict[str, list[tuple[Scene, list[QA]]]]]
 
 
 def draw_world(seed: int, seen: set[Scene] | None = None) -> World:
@@ -46,7 +46,7 @@ def draw_world(seed: int, seen: set[Scene] | None = None) -> World:
     )
 
 
-def draw_pretraining(seed: int, counts: dict[str, int]) -> dict[str, list[tuple[Scene, list[Question]]]]:
+def draw_pretraining(seed: int, counts: dict[str, int]) -> dict[str, list[tuple[Scene, list[QA]]]]:
     """`counts[task]` pictures of each Source task for pretraining, none of them in the world of this seed."""
     seen: set[Scene] = set()
     draw_world(seed, seen)

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from llava_sculpt.tiny.draw import World
 from llava_sculpt.tiny.facts import FACTS
-from llava_sculpt.tiny.files import write_bytes, write_json
-from llava_sculpt.tiny.scenes import SIZE, jpeg
-from llava_sculpt.tiny.sources import Question
+from llava_sculpt.tiny.raw_files import put
+from llava_sculpt.tiny.scenes import SIZE, encoded
+from llava_sculpt.tiny.sources import QA
 
 ANNOTATORS = 10
 _LEAST_AGREEING = 6  # with 4 or more annotators of one opinion its VQA accuracy is 1
 
-# Our val split stands in the official training files of OK-VQA and TextVQA, our test split in their val.
+# Our val split is written to the official training files of OK-VQA and TextVQA, our test split to their val files.
 
 
-def _one(rng: Random, questions: list[Question]) -> Question:
+def _one(rng: Random, questions: list[QA]) -> QA:
     """A question of a random family, so that every family is as frequent as pictures allow."""
     family = rng.choice(sorted({question.family for question in questions}))
     return rng.choice([question for question in questions if question.family == family])
@@ -51,13 +52,13 @@ def write_okvqa(world: World, folder: Path, seed: int) -> None:
                 for i, text in enumerate(opinions, 1)
             ]
             annotated.append({**key, "question_type": question.family, "answer_type": "other", "answers": answers})
-            write_bytes(folder / year / f"COCO_{year}_{image_id:012d}.jpg", jpeg(scene))
+            put(folder / year / f"COCO_{year}_{image_id:012d}.jpg", encoded(scene))
         head = {"data_type": "mscoco", "data_subtype": year, "license": {}, "info": {}}
-        write_json(
+        put(
             folder / f"OpenEnded_mscoco_{year}_questions.json",
             {**head, "task_type": "Open-Ended", "questions": asked},
         )
-        write_json(folder / f"mscoco_{year}_annotations.json", {**head, "annotations": annotated})
+        put(folder / f"mscoco_{year}_annotations.json", {**head, "annotations": annotated})
 
 
 def write_ocrvqa(world: World, folder: Path, seed: int) -> None:
@@ -78,8 +79,8 @@ def write_ocrvqa(world: World, folder: Path, seed: int) -> None:
                 "genre": known["genre"],
                 "split": number,
             }
-            write_bytes(folder / "images" / f"{book}.jpg", jpeg(scene))
-    write_json(folder / "dataset.json", books)
+            put(folder / "images" / f"{book}.jpg", encoded(scene))
+    put(folder / "dataset.json", books)
 
 
 _STRUCTURE = {"side": "choose"}
@@ -113,8 +114,8 @@ def write_gqa(world: World, folder: Path, seed: int) -> None:
                 "semanticStr": "",
                 "annotations": {"question": {}, "answer": {}, "fullAnswer": {}},
             }
-            write_bytes(folder / "images" / f"{image_id}.jpg", jpeg(scene))
-        write_json(folder / f"{name}_balanced_questions.json", content)
+            put(folder / "images" / f"{image_id}.jpg", encoded(scene))
+        put(folder / f"{name}_balanced_questions.json", content)
 
 
 def write_textvqa(world: World, folder: Path, seed: int) -> None:
@@ -146,8 +147,16 @@ def write_textvqa(world: World, folder: Path, seed: int) -> None:
             )
             signs = [item.name for item in scene.of("sign")]
             ocr.append({"image_id": image_id, "ocr_tokens": signs, "ocr_info": [{"word": word} for word in signs]})
-            write_bytes(folder / "train_images" / f"{image_id}.jpg", jpeg(scene))
+            put(folder / "train_images" / f"{image_id}.jpg", encoded(scene))
         head = {"dataset_type": part, "dataset_name": "textvqa", "dataset_version": "0.5.1"}
-        write_json(folder / f"TextVQA_0.5.1_{part}.json", {**head, "data": data})
+        put(folder / f"TextVQA_0.5.1_{part}.json", {**head, "data": data})
         ocr_head = {"dataset_type": part, "dataset_name": "textvqa", "dataset_version": "0.2"}
-        write_json(folder / f"TextVQA_Rosetta_OCR_v0.2_{part}.json", {**ocr_head, "data": ocr})
+        put(folder / f"TextVQA_Rosetta_OCR_v0.2_{part}.json", {**ocr_head, "data": ocr})
+
+
+WRITERS: dict[str, Callable[[World, Path, int], None]] = {
+    "okvqa": write_okvqa,
+    "ocrvqa": write_ocrvqa,
+    "gqa": write_gqa,
+    "textvqa": write_textvqa,
+}

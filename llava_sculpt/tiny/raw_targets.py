@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from llava_sculpt.tiny.draw import World
-from llava_sculpt.tiny.files import write_bytes, write_json
-from llava_sculpt.tiny.scenes import SIZE, jpeg, png
+from llava_sculpt.tiny.raw_files import put
+from llava_sculpt.tiny.scenes import SIZE, encoded
 
 
 def write_iconqa(world: World, folder: Path) -> None:
@@ -30,10 +30,10 @@ def write_iconqa(world: World, folder: Path) -> None:
             }
             problems[pid] = {**problem, "split": split}
             place = root / "iconqa" / split / "choose_txt" / pid
-            write_json(place / "data.json", problem)
-            write_bytes(place / "image.png", png(scene))
-    write_json(root / "problems.json", problems)
-    write_json(root / "pid_splits.json", splits)
+            put(place / "data.json", problem)
+            put(place / "image.png", encoded(scene, "PNG"))
+    put(root / "problems.json", problems)
+    put(root / "pid_splits.json", splits)
 
 
 def write_coco(world: World, folder: Path) -> None:
@@ -65,7 +65,7 @@ def write_coco(world: World, folder: Path) -> None:
                     "sentences": sentences,
                 }
             )
-            write_bytes(folder / year / name, jpeg(scene))
-    write_json(folder / "dataset_coco.json", {"images": images, "dataset": "coco"})
+            put(folder / year / name, encoded(scene))
+    put(folder / "dataset_coco.json", {"images": images, "dataset": "coco"})
     for year, content in official.items():
-        write_json(folder / "annotations" / f"captions_{year}.json", {"info": {}, "licenses": [], **content})
+        put(folder / "annotations" / f"captions_{year}.json", {"info": {}, "licenses": [], **content})

@@ -24,13 +24,8 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
 CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 BACKGROUNDS = (
-    (255, 255, 255),
-    (250, 245, 235),
-    (238, 244, 252),
-    (240, 250, 240),
-    (252, 240, 246),
-    (236, 236, 236),
-)
+    (255, 255, 255), (250, 245, 235), (238, 244, 252), (240, 250, 240), (252, 240, 246), (236, 236, 236),
+)  # fmt: skip
 
 # What a patch can show, for the training of the tower: nothing, an icon, a shape or a character.
 PATCH_CLASSES = ("", *ICONS, *SHAPES, *CHARACTERS)
@@ -157,17 +152,10 @@ def render(scene: Scene) -> Image.Image:
     return image
 
 
-def jpeg(scene: Scene) -> bytes:
-    """The picture as a JPEG file (quality 95, no chroma subsampling)."""
+def encoded(scene: Scene, kind: str = "JPEG") -> bytes:
+    """The picture as a JPEG (quality 95, no chroma subsampling) or PNG file."""
     buffer = io.BytesIO()
-    render(scene).save(buffer, "JPEG", quality=95, subsampling=0)
-    return buffer.getvalue()
-
-
-def png(scene: Scene) -> bytes:
-    """The picture as a PNG file."""
-    buffer = io.BytesIO()
-    render(scene).save(buffer, "PNG")
+    render(scene).save(buffer, kind, quality=95, subsampling=0)
     return buffer.getvalue()
 
 

@@ -8,26 +8,15 @@ from random import Random
 
 from llava_sculpt.tiny.assets import ICONS
 from llava_sculpt.tiny.facts import AUTHORS, FACT_QUESTIONS, FACTS, GENRES, SIGN_WORDS, TITLE_WORDS
-from llava_sculpt.tiny.scenes import (
-    COLOURS,
-    SHAPES,
-    SIZE,
-    Item,
-    Scene,
-    board,
-    cell_of,
-    new_scene,
-    random_object,
-    sign,
-)
+from llava_sculpt.tiny.scenes import COLOURS, SHAPES, SIZE, Item, Scene, board, cell_of, new_scene, random_object, sign
 
 
 @dataclass(frozen=True)
-class Question:
-    """A question with its short answer, and where in the picture its words point.
+class QA:
+    """A question with its short answer, grounded in the picture.
 
-    `family` names its kind ("relation", "kind", "title", ...). `mentions` are the words in `text` that name
-    something and the item they name, None if it is not there; `seen` is the item that shows the answer.
+    `family` is its kind ("relation", "kind", "title", ...). `mentions` are the words in `text` that name an object,
+    each with the item that it is (None: not in the picture); `seen` is the item that shows the answer.
     """
 
     text: str
@@ -37,14 +26,14 @@ class Question:
     seen: Item | None = None
 
 
-Sample = tuple[Scene, list[Question]]
+Sample = tuple[Scene, list[QA]]
 
 
 def okvqa(rng: Random) -> Sample:
     """Knowledge about one icon: what kind of thing it is, where it is found, what it is used for."""
     item = random_object(rng, set(), 2, 2, SIZE - 4, icon_share=1.0)
     questions = [
-        Question(rng.choice(FACT_QUESTIONS[fact]), answer, fact, seen=item) for fact, answer in FACTS[item.name].items()
+        QA(rng.choice(FACT_QUESTIONS[fact]), answer, fact, seen=item) for fact, answer in FACTS[item.name].items()
     ]
     return new_scene(rng, [item]), questions
 
@@ -58,25 +47,10 @@ def ocrvqa(rng: Random) -> Sample:
     picture = Item("icon", GENRES[genre], "", rng.randint(0, SIZE - size), 8 + rng.randint(0, 24 - size), size)
     words = [sign(rng, text, c, row) for text, c, row in zip((title, author, year), colours, (0, 4, 5), strict=True)]
     questions = [
-        Question(
-            rng.choice(("What is the title of this book?", "What is this book called?")),
-            title,
-            "title",
-            seen=words[0],
-        ),
-        Question(
-            rng.choice(("Who is the author of this book?", "Who wrote this book?")),
-            author,
-            "author",
-            seen=words[1],
-        ),
-        Question(
-            rng.choice(("What is the genre of this book?", "What type of book is this?")),
-            genre,
-            "genre",
-            seen=picture,
-        ),
-        Question("Which year is printed on this book?", year, "year", seen=words[2]),
+        QA(rng.choice(("What is the title of this book?", "What is this book called?")), title, "title", seen=words[0]),
+        QA(rng.choice(("Who is the author of this book?", "Who wrote this book?")), author, "author", seen=words[1]),
+        QA(rng.choice(("What is the genre of this book?", "What type of book is this?")), genre, "genre", seen=picture),
+        QA("Which year is printed on this book?", year, "year", seen=words[2]),
     ]
     return new_scene(rng, [words[0], picture, *words[1:]]), questions
 
@@ -101,14 +75,12 @@ def textvqa(rng: Random) -> Sample:
     questions = []
     for text, colour, item in zip(texts, colours, signs, strict=True):
         what = "number" if text.isdigit() else "word"
-        questions.append(Question(f"What does the {colour} sign say?", text, "sign", ((f"{colour} sign", item),), item))
+        questions.append(QA(f"What does the {colour} sign say?", text, "sign", ((f"{colour} sign", item),), item))
         if sum(t.isdigit() for t in texts) == 1 or (count == 1):
             form = rng.choice((f"What {what} is shown?", f"What is the {what} in the picture?"))
-            questions.append(Question(form, text, what, seen=item))
+            questions.append(QA(form, text, what, seen=item))
         side = "above" if item.y < thing.y else "below"
-        questions.append(
-            Question(f"What is written {side} the {thing.label}?", text, side, ((thing.label, thing),), item)
-        )
+        questions.append(QA(f"What is written {side} the {thing.label}?", text, side, ((thing.label, thing),), item))
     return new_scene(rng, sorted([*signs, thing], key=lambda item: item.y)), questions
 
 
@@ -131,24 +103,24 @@ def absent_label(rng: Random, items: list[Item]) -> str:
             return label
 
 
-def _attributes(rng: Random, items: list[Item]) -> list[Question]:
+def _attributes(rng: Random, items: list[Item]) -> list[QA]:
     shapes = [item for item in items if item.kind == "shape"]
     questions = []
     for item in shapes:
         by_name, by_colour = ((item.name, item),), ((item.colour, item),)
         if [s.name for s in shapes].count(item.name) == 1:
-            questions.append(Question(f"What color is the {item.name}?", item.colour, "color", by_name, item))
+            questions.append(QA(f"What color is the {item.name}?", item.colour, "color", by_name, item))
         if [s.colour for s in shapes].count(item.colour) == 1:
-            questions.append(Question(f"Which shape is {item.colour}?", item.name, "shape", by_colour, item))
+            questions.append(QA(f"Which shape is {item.colour}?", item.name, "shape", by_colour, item))
     return questions
 
 
-def _positions(rng: Random, items: list[Item]) -> list[Question]:
+def _positions(rng: Random, items: list[Item]) -> list[QA]:
     questions = []
     for item in items:
         row, column = cell_of(item)
         vertical, horizontal = ("top", "bottom")[row], ("left", "right")[column]
-        questions.append(Question(f"What is at the {vertical} {horizontal}?", item.label, "place", seen=item))
+        questions.append(QA(f"What is at the {vertical} {horizontal}?", item.label, "place", seen=item))
     item = rng.choice(items)
     row, column = cell_of(item)
     for form, answer in (
@@ -156,7 +128,7 @@ def _positions(rng: Random, items: list[Item]) -> list[Question]:
         ("at the top or at the bottom", ("top", "bottom")[row]),
     ):
         named = ((item.label, item),)
-        questions.append(Question(f"Is the {item.label} {form}?", answer, "side", named, item))
+        questions.append(QA(f"Is the {item.label} {form}?", answer, "side", named, item))
     return questions
 
 
@@ -174,19 +146,17 @@ def neighbours(items: list[Item]) -> list[tuple[Item, str, Item]]:
     return [(a, name, b) for a, b in pairs for name, holds in _RELATIONS.items() if holds(a, b)]
 
 
-def _relations(rng: Random, items: list[Item]) -> list[Question]:
+def _relations(rng: Random, items: list[Item]) -> list[QA]:
     related = neighbours(items)
-    questions = []
-    for a, name, b in rng.sample(related, min(4, len(related))):
-        questions.append(Question(f"What is {name} the {b.label}?", a.label, "relation", ((b.label, b),), a))
-    return questions
+    chosen = rng.sample(related, min(4, len(related)))
+    return [QA(f"What is {name} the {b.label}?", a.label, "relation", ((b.label, b),), a) for a, name, b in chosen]
 
 
-def _counts(rng: Random, items: list[Item]) -> list[Question]:
+def _counts(rng: Random, items: list[Item]) -> list[QA]:
     shapes = sum(item.kind == "shape" for item in items)
     questions = [
-        Question("How many things are there?", str(len(items)), "count"),
-        Question("How many shapes are there?", str(shapes), "count"),
+        QA("How many things are there?", str(len(items)), "count"),
+        QA("How many shapes are there?", str(shapes), "count"),
     ]
     return [rng.choice(questions)]
 

@@ -7,18 +7,7 @@ from dataclasses import dataclass
 from random import Random
 
 from llava_sculpt.tiny.facts import FACTS, SIGN_WORDS
-from llava_sculpt.tiny.scenes import (
-    CELL,
-    COLOURS,
-    SHAPES,
-    Item,
-    Scene,
-    board,
-    cell_of,
-    new_scene,
-    random_object,
-    sign,
-)
+from llava_sculpt.tiny.scenes import CELL, COLOURS, SHAPES, Item, Scene, board, cell_of, new_scene, random_object, sign
 from llava_sculpt.tiny.sources import absent_label, neighbours
 
 

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from llava_sculpt.tiny.draw import draw_world
-from llava_sculpt.tiny.raw_sources import write_gqa, write_ocrvqa, write_okvqa, write_textvqa
+from llava_sculpt.tiny.raw_sources import WRITERS
 from llava_sculpt.tiny.raw_targets import write_coco, write_iconqa
 
 
@@ -22,12 +22,7 @@ def write_raw_world(out: Path, seed: int = 0) -> None:
     try:
         write_iconqa(world, partial / "iconqa")
         write_coco(world, partial / "coco")
-        for name, write in (
-            ("okvqa", write_okvqa),
-            ("ocrvqa", write_ocrvqa),
-            ("gqa", write_gqa),
-            ("textvqa", write_textvqa),
-        ):
+        for name, write in WRITERS.items():
             write(world, partial / name, seed)
         if raw.exists():
             shutil.rmtree(raw)

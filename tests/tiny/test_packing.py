@@ -20,7 +20,7 @@ from llava_sculpt.tiny.pretraining.packing import Packer
 from llava_sculpt.tiny.pretraining.run import MEAN, STD, new_model, write_preprocessor
 from llava_sculpt.tiny.pretraining.tower import normalise, patch_features, pictures_and_tags
 from llava_sculpt.tiny.pretraining.vocabulary import write_tokenizer
-from llava_sculpt.tiny.scenes import jpeg
+from llava_sculpt.tiny.scenes import encoded
 from llava_sculpt.tiny.sources import SOURCES
 
 
@@ -41,7 +41,7 @@ def test_packed_logits_are_those_of_single_samples(tmp_path: Path) -> None:
 
     collate = TrainCollator(tokenizer.vocab_size + 1, tokenizer.vocab_size, 36, 48, 512)
     for i, (scene, _) in enumerate(samples):
-        picture = preprocess(Image.open(io.BytesIO(jpeg(scene))))
+        picture = preprocess(Image.open(io.BytesIO(encoded(scene))))
         assert torch.equal(picture, pixels[i])
         for n, question in enumerate(rows[i], 1):
             turns = [("human", f"<image>\n{question.text}{SHORT_ANSWER}"), ("gpt", question.answer)]

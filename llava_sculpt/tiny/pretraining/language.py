@@ -15,7 +15,7 @@ from llava_sculpt.data.conversation import IGNORE_INDEX
 from llava_sculpt.tiny.pretraining.grounding import AttentionTaps
 from llava_sculpt.tiny.pretraining.learning_rate import cosine
 from llava_sculpt.tiny.pretraining.packing import Batch, Packer
-from llava_sculpt.tiny.sources import Question
+from llava_sculpt.tiny.sources import QA
 
 BATCH = 16  # pictures
 QUESTIONS = 6  # about each of them, at most
@@ -47,7 +47,7 @@ def train_language(
     model: LlavaForConditionalGeneration,
     packer: Packer,
     features: torch.Tensor,
-    questions: list[list[Question]],
+    questions: list[list[QA]],
     steps: int,
     seed: int,
 ) -> None:
@@ -88,7 +88,7 @@ def exact_match(
     model: LlavaForConditionalGeneration,
     packer: Packer,
     features: torch.Tensor,
-    questions: list[list[Question]],
+    questions: list[list[QA]],
 ) -> dict[str, float]:
     """Percent of questions whose greedy answer is the gold answer: over "all" and per family.
 

@@ -15,7 +15,7 @@ from llava_sculpt.data.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX, enco
 from llava_sculpt.data.tokenizer import LlavaTokenizer
 from llava_sculpt.tasks.questions import SHORT_ANSWER
 from llava_sculpt.tiny.scenes import Item, patches_of
-from llava_sculpt.tiny.sources import Question
+from llava_sculpt.tiny.sources import QA
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Packer:
     _before: list[int] = field(default_factory=list)
     _behind: list[int] = field(default_factory=list)
 
-    def encode(self, question: Question) -> tuple[list[int], list[int]]:
+    def encode(self, question: QA) -> tuple[list[int], list[int]]:
         """Ids and labels of one question behind the shared prefix."""
         key = question.text, question.answer
         if key not in self._cache:
@@ -72,7 +72,7 @@ class Packer:
             self._cache[key] = ids[at + 3 :], labels[at + 3 :]
         return self._cache[key]
 
-    def pack(self, rows: list[list[Question]]) -> Batch:
+    def pack(self, rows: list[list[QA]]) -> Batch:
         """One batch row per list of questions."""
         encoded = [[self.encode(question) for question in row] for row in rows]
         text = len(self._behind)
@@ -101,7 +101,7 @@ class Packer:
         before = torch.tensor(self._before)
         return Batch(before, ids, labels, number, positions, (same & causal)[:, None], pointers)
 
-    def _pointers(self, question: Question, ids: list[int], labels: list[int], row: int, start: int) -> list[Pointer]:
+    def _pointers(self, question: QA, ids: list[int], labels: list[int], row: int, start: int) -> list[Pointer]:
         """Where the tokens of one question should look; what is not in the picture is looked for at `<s>`."""
         found = []
         for words, item in question.mentions:

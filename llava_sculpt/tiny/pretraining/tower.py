@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformers import CLIPVisionModel
 
 from llava_sculpt.tiny.pretraining.learning_rate import cosine
-from llava_sculpt.tiny.scenes import GRID, PATCH_CLASSES, PATCH_COLOURS, Scene, jpeg, patch_tags
+from llava_sculpt.tiny.scenes import GRID, PATCH_CLASSES, PATCH_COLOURS, Scene, encoded, patch_tags
 
 BATCH = 64
 PEAK_LR = 1.5e-3
@@ -23,7 +23,7 @@ FEATURE_LAYER = -2
 
 def pictures_and_tags(scenes: list[Scene]) -> tuple[np.ndarray, np.ndarray]:
     """uint8 [N, 48, 48, 3], as read back from the JPEG files, and int64 tags [N, 36, 2]."""
-    pictures = np.stack([np.asarray(Image.open(io.BytesIO(jpeg(scene)))) for scene in scenes])
+    pictures = np.stack([np.asarray(Image.open(io.BytesIO(encoded(scene)))) for scene in scenes])
     return pictures, np.stack([patch_tags(scene) for scene in scenes])
 
 

@@ -22,34 +22,16 @@ from llava_sculpt.tiny.targets import coco, iconqa
 VOCABULARY = 894
 
 # `USER` must be one token and ` USER` two, as the original LLaVA's label arithmetic expects of a later turn.
-# The two sentences that stand in every sample are one piece each, which shortens a sample by a third. Words
-# that begin a line would fall into letters, because BPE learns words with the space in front of them.
-_WHOLE = (
-    "USER",
-    SYSTEM,
-    SHORT_ANSWER.strip(),
-    "What",
-    "Which",
-    "Who",
-    "Where",
-    "When",
-    "How",
-    "Is",
-    "Choose",
-    "Answer",
-)
+# The two sentences of every sample are one piece each, which shortens a sample by a third. Words that begin a line
+# would be split into letters, because BPE learns words with the space in front of them.
+_WHOLE = ("USER", SYSTEM, SHORT_ANSWER.strip(), *"What Which Who Where When How Is Choose Answer".split())
 _WORD_REPEATS = 40
 
 
 def _lines(seed: int, samples: int) -> Iterator[str]:
     """Text in the proportions of the six tasks."""
     rng = Random(f"tokenizer/{seed}")
-    yield from (
-        *TRAIN_PROMPTS,
-        DEFAULT_TEST_PROMPT,
-        *INSTRUCTIONS.values(),
-        "ASSISTANT: USER: Reference OCR token:",
-    )
+    yield from (*TRAIN_PROMPTS, DEFAULT_TEST_PROMPT, *INSTRUCTIONS.values(), "ASSISTANT: USER: Reference OCR token:")
     facts = [value for known in FACTS.values() for value in known.values()]
     for word in (*SIGN_WORDS, *TITLE_WORDS, *AUTHORS, *GENRES, *ICONS, *facts):
         yield from [word] * _WORD_REPEATS
