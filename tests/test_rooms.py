@@ -56,6 +56,11 @@ def test_every_room_is_listed() -> None:
     assert {folder.name for folder in PACKAGE.iterdir() if (folder / "__init__.py").is_file()} == set(BELOW)
 
 
+def test_the_tiny_world_does_not_know_its_pretraining() -> None:
+    for file in (PACKAGE / "tiny").glob("*.py"):
+        assert "tiny.pretraining" not in file.read_text(encoding="utf-8"), file
+
+
 def test_deepspeed_is_known_to_one_module_and_the_method_to_torch_alone() -> None:
     for file in PACKAGE.rglob("*.py"):
         imported = [

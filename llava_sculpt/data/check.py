@@ -1,4 +1,4 @@
-"""`llava-sculpt check-data`: a training file validated, its lengths, and what the model is trained on."""
+"""`llava-sculpt check-data`: validation of a training file, its lengths, and the tokens that are trained on."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def check_data(
 
 
 def format_check(found: dict[str, Any]) -> str:
-    """The result of `check_data` for people."""
+    """The result of `check_data` as text."""
     percentiles = ", ".join(
         f"{ {'0': 'shortest', '50': 'median', '100': 'longest'}.get(p, p + ' %') } {length:,}"
         for p, length in found["length_percentiles"].items()
@@ -126,7 +126,7 @@ def _marked_chunk(ids: list[int], labels: list[int], tokenizer: LlavaTokenizer) 
     end = 0
     for is_trained, run in groupby(labels, key=lambda label: label != IGNORE_INDEX):
         end += len(list(run))
-        # Decoded from the beginning, because a space belongs to the token behind it.
+        # Decoded from the beginning, because a space belongs to the token after it.
         decoded = tokenizer.decode(ids[:end], skip_special=False)
         piece = decoded[done:]
         done = len(decoded)

@@ -1,4 +1,4 @@
-"""Samples to batches: room for the image tokens, truncation, padding."""
+"""Samples to batches: image tokens, truncation, padding."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def left_pad(
 ) -> dict[str, torch.Tensor]:
     """Prompts of ``encode_prompt`` to a left-padded batch for generation.
 
-    Returns ``input_ids`` and ``attention_mask``, int64 [len(prompts), longest], with room for the images.
+    Returns ``input_ids`` and ``attention_mask``, int64 [len(prompts), longest], image tokens included.
     """
     image = [image_token_id] * image_tokens
     rows = [expand_image(list(prompt), image, prompt) for prompt in prompts]

@@ -7,7 +7,7 @@ from typing import Any
 from llava_sculpt.data.tokenizer import LlavaTokenizer
 from llava_sculpt.errors import UserError
 
-IMAGE_TOKEN_INDEX = -200  # stands in the ids where the image goes; the collator widens it
+IMAGE_TOKEN_INDEX = -200  # placeholder of the image; the collator replaces it by the image tokens
 IGNORE_INDEX = -100  # label of a token that is not trained on
 
 IMAGE_PLACEHOLDER = "<image>"
@@ -20,10 +20,10 @@ _ANSWER_MARK = " ASSISTANT: "
 
 
 def encode_record(record: dict[str, Any], tokenizer: LlavaTokenizer) -> tuple[list[int], list[int]]:
-    """Ids and labels of one LLaVA training record, as the original package makes them.
+    """Ids and labels of one LLaVA training record, equal to the original package's.
 
     Returns two lists of one length: the ids, with BOS in front and ``IMAGE_TOKEN_INDEX`` for the image, and the
-    labels, ``IGNORE_INDEX`` everywhere except on the answers and the ``</s>`` behind each. No truncation.
+    labels, ``IGNORE_INDEX`` everywhere except on the answers and the ``</s>`` after each. Nothing is truncated.
     Raises UserError if ``record_problems`` finds any, or if the tokenizer joins a question and its answer.
     """
     problems = record_problems(record)
@@ -33,15 +33,15 @@ def encode_record(record: dict[str, Any], tokenizer: LlavaTokenizer) -> tuple[li
     labels: list[int] = [IGNORE_INDEX]
     for number, (question, answer) in enumerate(_rounds(_from_human(record["conversations"]))):
         instruction = _instruction(question, first=number == 0)
-        # A turn behind </s> gets no space in front: encode it with that token, then drop the token.
+        # A turn after </s> gets no leading space: encode it with that token, then drop the token.
         before = "" if number == 0 else _END
         skip = 0 if number == 0 else 1
         asked = _encode_with_image(before + instruction, tokenizer)[skip:]
         whole = _encode_with_image(before + instruction + " " + answer + _END, tokenizer)[skip:]
         if whole[: len(asked)] != asked:
             raise UserError(
-                "the tokenizer joins 'ASSISTANT:' and the answer in one token, so that they cannot be told "
-                "apart; LLaVA-1.5 needs a Llama SentencePiece model"
+                "the tokenizer joins 'ASSISTANT:' and the answer in one token, so that they cannot be "
+                "separated; LLaVA-1.5 needs a Llama SentencePiece model"
             )
         ids += whole
         labels += [IGNORE_INDEX] * len(asked) + whole[len(asked) :]
@@ -62,7 +62,7 @@ def encode_prompt(question: str, tokenizer: LlavaTokenizer, has_image: bool) -> 
 
 
 def record_problems(record: object) -> list[str]:
-    """What is wrong with one training record, in the user's terms; empty if nothing is. Opens no files.
+    """Error messages about one training record, empty if it is valid. Opens no files.
 
     A record whose first turn is not from the human is accepted and loses that turn, as in LLaVA.
     """
@@ -119,12 +119,12 @@ def _text_problems(turns: list[dict[str, str]]) -> list[str]:
             problems.append(f"answer {number} is empty")
         for token in (_END, "<unk>"):
             if token in question or token in answer:
-                problems.append(f"{token} stands in the text of question or answer {number}")
-        # LLaVA cuts between question and answer at this mark: there must be one, and it the right one.
+                problems.append(f"{token} occurs in the text of question or answer {number}")
+        # LLaVA splits question and answer at this mark: it must occur once, in its place.
         instruction = _instruction(question, first=number == 1)
         expected = [instruction.removesuffix(_ANSWER_MARK[:-1]), answer]
         if f"{instruction} {answer}".split(_ANSWER_MARK) != expected:
-            problems.append(f"'{_ANSWER_MARK}' stands in the text of question or answer {number}")
+            problems.append(f"'{_ANSWER_MARK}' occurs in the text of question or answer {number}")
         if any("\ud800" <= character <= "\udfff" for character in question + answer):
             problems.append(f"question or answer {number} holds half of a surrogate pair, which is not text")
     return problems
@@ -135,7 +135,7 @@ def _from_human(turns: list[dict[str, str]]) -> list[dict[str, str]]:
 
 
 def _rounds(turns: list[dict[str, str]]) -> list[tuple[str, str]]:
-    """(question, answer) of alternating turns, with the image placeholder in its place."""
+    """(question, answer) of alternating turns, with the image placeholder moved to the front."""
     return [(_image_to_front(turns[i]["value"]), turns[i + 1]["value"]) for i in range(0, len(turns), 2)]
 
 
@@ -146,7 +146,7 @@ def _image_to_front(question: str) -> str:
 
 
 def _instruction(question: str, first: bool) -> str:
-    """Everything of a round up to where the answer begins, less the space in front of the answer."""
+    """The text of a round before its answer, without the space in front of the answer."""
     return (SYSTEM + " " if first else "") + f"USER: {question} ASSISTANT:"
 
 

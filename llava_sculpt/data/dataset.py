@@ -1,4 +1,4 @@
-"""The training set: a LLaVA JSON file and an image folder, checked as a whole, then read sample by sample."""
+"""The training set: a LLaVA JSON file and an image folder, validated as a whole, read sample by sample."""
 
 from __future__ import annotations
 

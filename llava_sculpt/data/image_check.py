@@ -1,4 +1,4 @@
-"""Checks that image files are whole, without a model's libraries."""
+"""Checks that image files are complete, with Pillow alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-# Asked for the smallest size, JPEG decodes to an eighth: faster, and still all of the file is read.
+# At the smallest draft size JPEG is decoded to an eighth: faster, and the whole file is still read.
 _SMALL = (1, 1)
 _PROGRESS_FROM = 1000  # images; fewer are read before a bar could be seen
 
@@ -46,7 +46,7 @@ def image_problems(paths: Iterable[Path], threads: int | None = None) -> dict[Pa
 
 
 def image_error(path: Path, error: Exception) -> str:
-    """What Pillow's exception on opening `path` means, in the user's terms."""
+    """The message for an exception that Pillow raised on opening `path`."""
     if isinstance(error, FileNotFoundError):
         return "the image is missing"
     if isinstance(error, OSError) and error.strerror:

@@ -1,4 +1,4 @@
-"""The order of an epoch: random, but samples of one modality and of like length go together."""
+"""The order of an epoch: random, with samples of one modality and similar length grouped."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class ModalityLengthSampler(Sampler[int]):
     ``lengths`` are ``LlavaDataset.modality_lengths``: negative for samples without an image. Samples are drawn
     into megabatches of ``batch_size * world_size``, each of one modality, in random order; the leftovers of both
     modalities come last. With ``batch_size`` = per-device batch x gradient accumulation a megabatch is one
-    optimizer step, however it is split. Inside one the longest come first, so that the micro-batches which the
-    processes take in turn have like lengths.
+    optimizer step, however it is split. Inside one the longest come first, so that the micro-batches of the processes
+    have similar lengths.
 
     Unlike LLaVA's, it draws from a generator of its own (the state of torch's global one does not matter, nor
     does a resume), and does not mix the last megabatches of the two modalities when both are full.

@@ -11,7 +11,7 @@ import sentencepiece
 from llava_sculpt.errors import UserError
 
 _SPACE = "\u2581"  # SentencePiece writes a space as this character
-# Behind a serialized ModelProto this sets normalizer_spec.add_dummy_prefix = false: of a message field that occurs
+# Appended to a serialized ModelProto this sets normalizer_spec.add_dummy_prefix = false: of a message field that occurs
 # twice (field 3, two bytes long, in it field 3 = 0) protobuf merges the two, and the last value wins.
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 
@@ -20,8 +20,8 @@ class LlavaTokenizer:
     """Text to ids and back, over a SentencePiece model with ``<unk>``, ``<s>`` and ``</s>``.
 
     Every encoded text gets a space in front, also when it already begins with one; a literal ``<s>``, ``</s>``
-    or ``<unk>`` becomes its id, and what follows one gets no space. Image and padding are no concern of the
-    tokenizer: their ids begin at ``vocab_size``.
+    or ``<unk>`` becomes its id, and the text after it gets no space. The tokenizer knows neither image nor padding:
+    their ids begin at ``vocab_size``.
     """
 
     def __init__(self, model_proto: bytes) -> None:
@@ -60,7 +60,7 @@ class LlavaTokenizer:
             raise UserError(f"{file}: {error}") from error
 
     def __reduce__(self) -> tuple[Callable[[bytes], LlavaTokenizer], tuple[bytes]]:
-        # The wrapped C++ object does not travel to data loader workers by itself.
+        # The wrapped C++ object cannot be pickled for data loader workers.
         return type(self), (self._model_proto,)
 
     def encode(self, text: str) -> list[int]:

@@ -56,7 +56,7 @@ class _Reader:
     def records(self, key: str | None) -> Iterator[tuple[str, Any]]:
         kind = self._next()
         if kind != "{":
-            self._value()  # a broken file is told as broken first
+            self._value()  # report invalid JSON first
             raise UserError(f"{self._path}: should hold a JSON object")
         seen = False
         for name in self._members():

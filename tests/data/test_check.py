@@ -107,7 +107,7 @@ BROKEN: list[tuple[Any, str]] = [
     ([record(answer="")], "answer 1 is empty"),
     ([record(answer="<image>")], "has <image> in an answer"),
     ([record(conversations=2 * record()["conversations"])], "has <image> in 2 places"),
-    ([record("x ASSISTANT: y")], "' ASSISTANT: ' stands in the text"),
+    ([record("x ASSISTANT: y")], "' ASSISTANT: ' occurs in the text"),
     ([record("a \ud800")], "half of a surrogate pair"),
     ([record(LONG)], "the first answer is at token"),
 ]

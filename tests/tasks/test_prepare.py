@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Annotated, Any, Literal
 
 import pytest
 
 from llava_sculpt.cli import main
 from llava_sculpt.errors import UserError
+from llava_sculpt.names import TASKS, TaskName
 from llava_sculpt.tasks import prepare_benchmark, prepare_options
 from llava_sculpt.tasks.coco import TRAIN_PROMPTS
+from llava_sculpt.tasks.preparation import Preparation
+from llava_sculpt.tasks.questions import Question
+
+from .conftest import picture, put
 
 NAMES = ["iconqa", "coco", "okvqa", "ocrvqa", "gqa", "textvqa"]
 
@@ -331,6 +338,31 @@ def test_unknown_names_options_and_folders_are_user_errors(make_raw, tmp_path):
         with pytest.raises(UserError):
             call()
     assert prepare_options("textvqa")["ocr_tokens"].default is True
+
+
+def prepare_toy(job: Preparation, *, ending: Annotated[Literal["?", "!"], "of every question"] = "?") -> dict[str, Any]:
+    file = job.require("toy.json")
+    known = [Question(q, ("a.png",), q, q + ending, "yes") for q in load(file)]
+    job.ask("test", job.draw("test", known, 7), file)
+    return job.write("toy", "none")
+
+
+def test_a_data_set_is_one_module_and_one_row(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(TASKS, "toy", TaskName("Toy", "source", "exact"))
+    monkeypatch.setitem(sys.modules, "llava_sculpt.tasks.toy", SimpleNamespace(prepare=prepare_toy))
+    picture(tmp_path / "a.png")
+    put(tmp_path / "toy.json", ["one", "two"])
+    command = ["prepare", "toy", "--raw", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert main([*command, "--ending", "!"]) == 0
+    assert [line["text"] for line in lines(tmp_path / "out/test.jsonl")] == ["one!", "two!"]
+    assert load(tmp_path / "out/manifest.json")["options"] == {"ending": "!", "val_samples": 1000}
+    assert "the raw files hold 2, the official release 7" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["prepare", "toy", "--help"])
+    assert "of every question (default: ?)" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(SystemExit) as wrong:  # a flag of another data set
+        main([*command, "--answer_style", "text"])
+    assert wrong.value.code == 2
 
 
 def test_the_command_notes_counts_that_are_not_the_official_ones(make_raw, tmp_path, capsys):

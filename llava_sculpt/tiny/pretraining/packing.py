@@ -20,9 +20,9 @@ from llava_sculpt.tiny.sources import QA
 
 @dataclass(frozen=True)
 class Pointer:
-    """Something that a token should look at: `keys` are positions in its row, as is `position`.
+    """A token at `position` that should attend to `keys`, both positions in its `row`.
 
-    `mentioned`: the token names it; otherwise the token is the last of the prompt and the answer is seen there.
+    `mentioned`: the token names the object at `keys`; otherwise it is the last of the prompt, and they show the answer.
     """
 
     row: int
