@@ -48,7 +48,7 @@ def missing_for_paper(task: str) -> list[str]:
         missing.append(f"the base model: hf download {PAPER_MODEL}")
     for name in (task, *SOURCES):
         if not (DATA["paper"] / name / "manifest.json").is_file():
-            missing.append(f"data/{name}: llava-sculpt prepare {name} --raw DOWNLOADED --out data/{name}")
+            missing.append(f"data/{name}: llava-sculpt prepare {name} --raw data/raw/{name} --out data/{name}")
     return missing
 
 
