@@ -15,7 +15,7 @@ from typing import Any
 from llava_sculpt.experiments.results import mean_and_interval
 from llava_sculpt.experiments.summary import Row
 from llava_sculpt.experiments.tables import parts_of
-from llava_sculpt.names import METHODS, TARGETS, TASKS
+from llava_sculpt.names import METHODS, TARGETS
 
 APPEARS, CONTRARY, NOT_SHOWN, MISSING = "appears", "does not", "not shown", "runs missing"
 # "No lower Target" is shown if a loss of more than this share of LoRA's Target is excluded.
@@ -200,17 +200,3 @@ def _density(task: str, rows: Sequence[Row]) -> Claim:
     verdict = APPEARS if below >= _NEARLY_ALL else CONTRARY if below < 0.5 else NOT_SHOWN
     evidence = f"in {below:.1%} of the matrices of {len(results)} runs; over all {measured:.2%} against {bound:.2%}"
     return Claim(finding, task, verdict, evidence)
-
-
-def count(claims: Iterable[Claim]) -> dict[str, int]:
-    """How many have each verdict."""
-    claims = list(claims)
-    return {
-        verdict: sum(claim.verdict == verdict for claim in claims)
-        for verdict in (APPEARS, CONTRARY, NOT_SHOWN, MISSING)
-    }
-
-
-def task_name(claim: Claim) -> str:
-    """The task as the paper calls it."""
-    return TASKS[claim.task].label

@@ -46,6 +46,11 @@ class Line:
     cells: list[Cell]
     reference: bool = False
 
+    @property
+    def seed_count(self) -> str:
+        """How many seeds; nothing for zero-shot, which has none."""
+        return "" if self.seeds == [None] else str(len(self.seeds))
+
 
 @dataclass
 class Block:
