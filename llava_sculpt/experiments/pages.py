@@ -63,6 +63,8 @@ class Choice:
     task: str
     setting: str
     settings: int
+    source: float
+    target: float
     score: float
     next_score: float | None
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -17,7 +18,7 @@ from llava_sculpt.experiments.grid import GRIDS, Grid, method_values, read_grid,
 from llava_sculpt.experiments.pages import PAGES, Choice, Missing, Report, ReportFigure, render
 from llava_sculpt.experiments.results import read_results, results_folder
 from llava_sculpt.experiments.summary import Row, choose, labels_of, rows_of
-from llava_sculpt.experiments.tables import make_table
+from llava_sculpt.experiments.tables import make_table, overview
 from llava_sculpt.names import TARGETS, TASKS
 from llava_sculpt.records import write_atomically
 
@@ -71,7 +72,8 @@ def gather(scale: str, results: Mapping[str, dict[str, Any]]) -> Report:
         seeds=seeds,
         runs=len(shown),
         claims=judge(rows),
-        tables=[table for name in TABLE_GRIDS for table in make_table(name, grids[name].title, rows[name])],
+        tables=[overview(rows["table1"])]
+        + [table for name in TABLE_GRIDS for table in make_table(name, grids[name].title, rows[name])],
         figures=_figures(rows),
         choices=_choices(scale, results),
         missing=[
@@ -160,7 +162,9 @@ def _choices(scale: str, results: Mapping[str, dict[str, Any]]) -> list[Choice]:
         for (task, _), ranked in choose(rows).items():
             if len(ranked) > 1:
                 best, score = ranked[0]
-                found.append(Choice(TASKS[task].label, labels[id(best)], len(ranked), score, ranked[1][1]))
+                source, target = (fmean(best.values(name).values()) for name in ("source", "target"))
+                label = TASKS[task].label
+                found.append(Choice(label, labels[id(best)], len(ranked), source, target, score, ranked[1][1]))
     return found
 
 
