@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_sculpt.errors import UserError
-from llava_sculpt.names import LORASCULPT, TARGETS, TASKS, TRAINED
+from llava_sculpt.names import LORASCULPT, SCALES, TARGETS, TASKS, TRAINED
 
 _ANSWER_STYLES = ("letter", "answer_letter", "text")
 
@@ -54,7 +54,7 @@ def _train(options: argparse.Namespace) -> int:
 
 def _add_finetune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("task", choices=TARGETS)
-    parser.add_argument("--scale", choices=["paper", "tiny"], help="default: paper if this machine can run it")
+    parser.add_argument("--scale", choices=SCALES, help="default: paper if this machine can run it")
     parser.add_argument("--method", choices=TRAINED, default=LORASCULPT)
     parser.add_argument("--rank", type=int, default=32, help="LoRA rank (paper: 16, 32, 64)")
     parser.add_argument("--seed", type=int, default=42)
@@ -375,7 +375,7 @@ def _edit(options: argparse.Namespace) -> int:
 
 def _add_experiment(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("grids", nargs="+", metavar="GRID", help="name in configs/grids/ (table1, fig4, ...) or file")
-    parser.add_argument("--scale", choices=["paper", "tiny"], required=True)
+    parser.add_argument("--scale", choices=SCALES, required=True)
     parser.add_argument("--seeds", type=int, default=1, help="runs of each setting, one seed each (default 1)")
     parser.add_argument("--jobs", type=int, help="runs at a time, one thread each (default: CPU cores; paper: 1)")
     parser.add_argument("--split", choices=["val", "test"], help="what to score on (default: the grid's, or test)")
@@ -398,7 +398,7 @@ def _experiment(options: argparse.Namespace) -> int:
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--scale", choices=["paper", "tiny"], required=True)
+    parser.add_argument("--scale", choices=SCALES, required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder for report.html, report.md and the figures")
 
 

@@ -6,8 +6,10 @@ Adding a baseline or a data set begins with a row here (CONTRIBUTING.md). Import
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+SCALES = ("paper", "tiny")
 LORASCULPT = "sculpt"
 ZERO_SHOT = "zero_shot"
 LORA = "lora"
@@ -79,3 +81,9 @@ TASKS = {
 }
 TARGETS = tuple(name for name, task in TASKS.items() if task.role == "target")
 SOURCES = tuple(name for name, task in TASKS.items() if task.role == "source")
+
+
+def config_file(scale: str, task: str, method: str) -> Path:
+    """The training YAML of a method, from the repository's folder: LoRASculpt's own, plain LoRA's for every other."""
+    recipe = "sculpt" if method == LORASCULPT else "lora"
+    return Path("configs") / ("tiny" if scale == "tiny" else "") / f"{task}_{recipe}.yaml"

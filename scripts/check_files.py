@@ -11,8 +11,8 @@ import yaml
 
 from llava_sculpt.config import parse_config
 from llava_sculpt.errors import UserError
-from llava_sculpt.experiments.grid import SCALES, method_values, read_grid, read_mapping
-from llava_sculpt.names import TARGETS
+from llava_sculpt.experiments.grid import method_values, read_grid, read_mapping
+from llava_sculpt.names import SCALES, TARGETS
 
 # A configuration is checked with these in place of what is generated or downloaded later.
 _PRESENT = ["--model_name_or_path", ".", "--data_path", "pyproject.toml", "--image_folder", ".", "--output_dir", "x"]

@@ -19,12 +19,11 @@ from llava_sculpt.evaluation.figure import plot_source_target
 from llava_sculpt.evaluation.run import evaluate, load_tasks
 from llava_sculpt.evaluation.table import format_table
 from llava_sculpt.experiments.card import upload_results, write_card
-from llava_sculpt.experiments.grid import config_file
 from llava_sculpt.experiments.tiny_data import prepare_tiny_world
 from llava_sculpt.model.adapter import read_run
 from llava_sculpt.model.checkpoint import find_base_checkpoint
 from llava_sculpt.model.load import load_for_inference
-from llava_sculpt.names import METHODS, SOURCES
+from llava_sculpt.names import METHODS, SOURCES, config_file
 from llava_sculpt.records import write_json
 from llava_sculpt.train.train import main as train_main
 

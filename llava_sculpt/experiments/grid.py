@@ -24,9 +24,8 @@ from typing import Any
 import yaml
 
 from llava_sculpt.errors import UserError
-from llava_sculpt.names import EDITS, METHODS, SOURCES, TARGETS, ZERO_SHOT
+from llava_sculpt.names import EDITS, METHODS, SCALES, SOURCES, TARGETS, ZERO_SHOT, config_file
 
-SCALES = ("paper", "tiny")
 SPLITS = ("val", "test")
 ANY_TASK = "all"  # of the zero-shot run, which serves both Targets
 GRIDS = Path("configs/grids")
@@ -226,12 +225,6 @@ def _runs_of(where: str, scale: str, split: str, chosen: dict[str, Any], problem
     if missing:
         problems.append(f"{where}: {method}: needs {', '.join(missing)}, here or in {VALUES / scale}.yaml")
     return [replace(run, settings=_sorted(training), edit=_sorted(edit))]
-
-
-def config_file(scale: str, task: str, method: str) -> Path:
-    """The training YAML of a method: LoRASculpt's own, plain LoRA's for every other."""
-    recipe = "sculpt" if method == "sculpt" else "lora"
-    return Path("configs") / ("tiny" if scale == "tiny" else "") / f"{task}_{recipe}.yaml"
 
 
 def method_values(scale: str, task: str) -> dict[str, dict[str, Any]]:

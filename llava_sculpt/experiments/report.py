@@ -4,75 +4,27 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from llava_sculpt.errors import UserError
 from llava_sculpt.experiments import figures
-from llava_sculpt.experiments.claims import Claim, judge
+from llava_sculpt.experiments.claims import judge
 from llava_sculpt.experiments.grid import GRIDS, Grid, method_values, read_grid, read_mapping
-from llava_sculpt.experiments.pages import to_html, to_markdown
+from llava_sculpt.experiments.pages import PAGES, Choice, Missing, Report, ReportFigure, render
 from llava_sculpt.experiments.results import read_results, results_folder
 from llava_sculpt.experiments.summary import Row, choose, labels_of, rows_of
-from llava_sculpt.experiments.tables import Table, make_table
+from llava_sculpt.experiments.tables import make_table, overview
 from llava_sculpt.names import TARGETS, TASKS
 from llava_sculpt.records import write_atomically
 
 TABLE_GRIDS = ("table1", "table2", "table3", "tableI")
 FIGURE_GRIDS = ("fig1", "fig3", "fig4", "fig5")
 SEARCHES = ("select", "select_edits")
-
-
-@dataclass
-class ReportFigure:
-    """A figure with its caption; `drawn` is None if there is nothing to draw."""
-
-    name: str
-    title: str
-    caption: str
-    drawn: Figure | None
-
-
-@dataclass
-class Choice:
-    """What a search on validation chose for a method on a task."""
-
-    task: str
-    setting: str
-    settings: int
-    score: float
-    next_score: float | None
-
-
-@dataclass
-class Missing:
-    """What a grid lacks: of how many runs how many, the settings without any, and the command that brings them."""
-
-    grid: str
-    there: int
-    wanted: int
-    settings: list[str]
-    command: str
-
-
-@dataclass
-class Report:
-    """Everything that the pages show."""
-
-    scale: str
-    seeds: int
-    runs: int
-    claims: list[Claim]
-    tables: list[Table]
-    figures: list[ReportFigure]
-    choices: list[Choice]
-    missing: list[Missing]
-    notes: list[str]
-    facts: list[tuple[str, str]]
 
 
 def report(scale: str, out: Path) -> int:
@@ -88,8 +40,8 @@ def report(scale: str, out: Path) -> int:
     for figure in found.figures:
         if figure.drawn is not None:
             figures.save(figure.drawn, out, figure.name)
-    write_atomically(out / "report.md", to_markdown(found).encode())
-    write_atomically(out / "report.html", to_html(found).encode())
+    for page in PAGES:
+        write_atomically(out / page, render(found, page).encode())
     print(f"{out / 'report.html'}, {out / 'report.md'} and the figures beside them")
     for missing in found.missing:
         print(f"missing: {missing.grid}: {missing.wanted - missing.there} of {missing.wanted} runs: {missing.command}")
@@ -120,7 +72,8 @@ def gather(scale: str, results: Mapping[str, dict[str, Any]]) -> Report:
         seeds=seeds,
         runs=len(shown),
         claims=judge(rows),
-        tables=[table for name in TABLE_GRIDS for table in make_table(name, grids[name].title, rows[name])],
+        tables=[overview(rows["table1"])]
+        + [table for name in TABLE_GRIDS for table in make_table(name, grids[name].title, rows[name])],
         figures=_figures(rows),
         choices=_choices(scale, results),
         missing=[
@@ -209,7 +162,9 @@ def _choices(scale: str, results: Mapping[str, dict[str, Any]]) -> list[Choice]:
         for (task, _), ranked in choose(rows).items():
             if len(ranked) > 1:
                 best, score = ranked[0]
-                found.append(Choice(TASKS[task].label, labels[id(best)], len(ranked), score, ranked[1][1]))
+                source, target = (fmean(best.values(name).values()) for name in ("source", "target"))
+                label = TASKS[task].label
+                found.append(Choice(label, labels[id(best)], len(ranked), source, target, score, ranked[1][1]))
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
@@ -34,6 +34,13 @@ class Row:
         """Mean and half width of the 95 % interval over the seeds; None without a result."""
         values = list(self.values(score).values())
         return mean_and_interval(values) if values else None
+
+
+def mean_over(rows: Sequence[Row], score: str) -> dict[int | None, float]:
+    """Mean of a score over the rows, by seed, for the seeds that all of them have."""
+    parts = [row.values(score) for row in rows]
+    shared = [seed for seed in parts[0] if all(seed in part for part in parts)] if parts else []
+    return {seed: fmean(part[seed] for part in parts) for seed in shared}
 
 
 def rows_of(runs: Iterable[Run], results: Mapping[str, dict[str, Any]]) -> list[Row]:

@@ -12,7 +12,8 @@ import pytest
 from llava_sculpt.cli import _METHODS, main
 from llava_sculpt.config import METHODS, parse_config
 from llava_sculpt.experiments import finetune
-from llava_sculpt.experiments.grid import config_file, read_mapping
+from llava_sculpt.experiments.grid import read_mapping
+from llava_sculpt.names import config_file
 from tests.train.conftest import flags, train  # noqa: F401
 
 

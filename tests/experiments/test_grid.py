@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from llava_sculpt.errors import UserError
-from llava_sculpt.experiments.grid import SCALES, read_grid
+from llava_sculpt.experiments.grid import read_grid
 from llava_sculpt.experiments.jobs import adapter_folder, make_plan
 from llava_sculpt.experiments.runner import experiment
 from llava_sculpt.experiments.summary import rows_of
+from llava_sculpt.names import SCALES
 from tests.experiments.conftest import REPOSITORY, write_grid
 
 TABLES = ["table1", "table2", "table3", "tableI", "fig1", "fig3", "fig4", "fig5"]
