@@ -13,11 +13,11 @@ BELOW = {
     "data": {"errors", "records"},
     "methods": {"sculpt"},
     "model": {"errors", "records", "data", "sculpt"},
-    "artifacts": {"errors", "records", "data", "sculpt", "methods", "model"},
+    "artifacts": {"errors", "names", "records", "data", "sculpt", "methods", "model"},
     "memory": {"errors", "names", "config", "data", "model"},
     "tasks": {"errors", "names", "records", "data"},
     "evaluation": {"errors", "names", "records", "data", "tasks"},
-    "train": {"errors", "names", "records", "config", "data", "sculpt", "methods", "model", "memory"},
+    "train": {"errors", "names", "records", "config", "data", "sculpt", "methods", "model", "artifacts", "memory"},
     "llava_patch": {"errors", "config", "train"},
     "tiny": {"errors", "data", "tasks"},
     "experiments": {

@@ -17,7 +17,7 @@ from torch import nn
 from llava_sculpt.artifacts.merge import bits, check_shapes, weight_updates
 from llava_sculpt.artifacts.sparse import pack_mask, read_with_metadata, unpack_mask
 from llava_sculpt.errors import UserError
-from llava_sculpt.model.adapter import check_base, read_adapter_config
+from llava_sculpt.model.adapter import base_of, check_base
 from llava_sculpt.model.checkpoint import find_base_checkpoint
 from llava_sculpt.model.layout import memory_name
 from llava_sculpt.model.shards import Stored, stored_tensors, weight_files, write_safetensors
@@ -42,7 +42,7 @@ def export_delta(folder: Path, file: Path, base: str | None = None, dtype: torch
     """
     if file.exists():
         raise UserError(f"{file}: exists; choose another name")
-    checkpoint = find_base_checkpoint(base or read_adapter_config(folder)["base_model_name_or_path"])
+    checkpoint = find_base_checkpoint(base_of(folder, base))
     check_base(folder, checkpoint)
     updates, connector = weight_updates(folder)
     if any(update.magnitude is not None for update in updates.values()):

@@ -16,7 +16,7 @@ import torch
 from llava_sculpt.artifacts.merge import WeightUpdate, check_shapes, rewrite_checkpoint, weight_updates
 from llava_sculpt.errors import UserError
 from llava_sculpt.methods import dropped_delta, post_pruned
-from llava_sculpt.model.adapter import check_base, read_adapter_config, read_run
+from llava_sculpt.model.adapter import base_of, check_base, read_adapter_config, read_run
 from llava_sculpt.model.checkpoint import BaseCheckpoint, find_base_checkpoint
 from llava_sculpt.model.files import (
     ADAPTER_CONFIG,
@@ -106,7 +106,7 @@ def open_adapter(
     Raises:
         UserError: not an adapter, another base, shapes that do not fit.
     """
-    checkpoint = find_base_checkpoint(base or read_adapter_config(adapter)["base_model_name_or_path"])
+    checkpoint = find_base_checkpoint(base_of(adapter, base))
     check_base(adapter, checkpoint)
     updates, connector = weight_updates(adapter)
     shapes = {memory_name(t.name): t.shape for file in weight_files(checkpoint.path) for t in stored_tensors(file)}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from llava_sculpt.errors import UserError
-from llava_sculpt.model.adapter import changes_anything, check_base, read_adapter_config
+from llava_sculpt.model.adapter import base_of, changes_anything, check_base, read_adapter_config
 from llava_sculpt.model.checkpoint import BaseCheckpoint, find_base_checkpoint
 from llava_sculpt.model.files import ADAPTER_CONFIG, ADAPTER_FILE, CONNECTOR_FILE, read_tensors
 from llava_sculpt.model.layout import LANGUAGE, PROJECTOR, memory_name
@@ -188,7 +188,7 @@ def merge_adapter(folder: Path, out: Path, base: str | None = None, dtype: str |
         UserError: what `weight_updates` and `rewrite_checkpoint` say, another base than the adapter's, weights or
             shapes that the base does not have.
     """
-    checkpoint = find_base_checkpoint(base or read_adapter_config(folder)["base_model_name_or_path"])
+    checkpoint = find_base_checkpoint(base_of(folder, base))
     check_base(folder, checkpoint)
     updates, connector = weight_updates(folder)
     shapes = {

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -71,25 +72,7 @@ def _set_limits(axes: Axes, rows: Sequence[tuple[str, float, float]]) -> None:
 
 
 def _draw_equal_avg(axes: Axes) -> None:
-    """Grey lines Source + Target = 2 Avg at a round spacing, each with its value where it leaves the plot."""
-    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-    lowest, highest = (left + bottom) / 2, (right + top) / 2
-    step = next(s for s in (1, 2, 5, 10, 20, 50, 100) if (highest - lowest) / s <= 8)
-    value = (int(lowest // step) + 1) * step
-    while value < highest:
-        axes.plot([left, right], [2 * value - left, 2 * value - right], color=_GREY, linewidth=0.8, zorder=0)
-        # The upper end of the line: on the top edge, or on the left edge where it begins there.
-        at = (left, 2 * value - left) if 2 * value - left <= top else (2 * value - top, top)
-        if at[0] < right - 0.1 * (right - left) and at[1] > bottom + 0.05 * (top - bottom):
-            axes.annotate(
-                f"Avg {value:g}",
-                at,
-                xytext=(4, -2),
-                textcoords="offset points",
-                color="#8c8c8c",
-                fontsize=7,
-                va="top",
-            )
-        value += step
-    axes.set_xlim(left, right)
-    axes.set_ylim(bottom, top)
+    """Grey lines Source + Target = 2 Avg at a round spacing, each with its value."""
+    x, y = np.meshgrid(np.linspace(*axes.get_xlim(), 50), np.linspace(*axes.get_ylim(), 50))
+    lines = axes.contour(x, y, (x + y) / 2, levels=8, colors=_GREY, linewidths=0.8, zorder=0)
+    axes.clabel(lines, fmt="Avg %g", fontsize=7, colors="#8c8c8c")

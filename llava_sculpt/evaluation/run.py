@@ -21,7 +21,9 @@ from llava_sculpt.evaluation.decode import image_token_count
 from llava_sculpt.evaluation.generate import generate_answers
 from llava_sculpt.evaluation.journal import Journal, Progress
 from llava_sculpt.evaluation.processes import from_first, rank, share_out, wait_for_all, world_size
-from llava_sculpt.evaluation.scorers import Score, score_predictions
+from llava_sculpt.evaluation.score_files import read_gold
+from llava_sculpt.evaluation.scorers import scorer_of
+from llava_sculpt.evaluation.scorers.scorer import Score
 from llava_sculpt.names import SOURCES, TARGETS, TASKS
 from llava_sculpt.records import versions, write_atomically
 from llava_sculpt.tasks.common import MANIFEST, json_lines, load_json
@@ -138,7 +140,8 @@ def evaluate(
             pairs = [(question["question_id"], answers[question["question_id"]]) for question in task.questions]
             metadata = {"split": split, "prompt_style": task.prompt_style, "decoding": decoding}
             _write_predictions(folder / f"{task.name}.jsonl", task, [text for _, text in pairs], model_id, metadata)
-            score = score_predictions(task.name, task.gold, pairs, okvqa_variant=okvqa_variant)
+            variant = okvqa_variant if task.name == "okvqa" else "authors"
+            score = scorer_of(task.name).score(task.gold, pairs, variant, None)
             scored[task.name] = _entry(score, metadata)
         for journal in journals.values():
             journal.remove()
@@ -211,8 +214,7 @@ def _load_task(name: str, folder: Path, split: str) -> Task:
     if missing:
         raise UserError(f"{file}: {len(missing)} images are not in {images}, the first: {missing[0]}")
     fingerprint = hashlib.sha256(content + gold_file.read_bytes()).hexdigest()
-    gold = json.loads(gold_file.read_text(encoding="utf-8"))
-    return Task(name, split, questions, gold, images, manifest["prompt_style"], fingerprint)
+    return Task(name, split, questions, read_gold(name, gold_file), images, manifest["prompt_style"], fingerprint)
 
 
 def _read_questions(file: Path, content: bytes) -> list[dict[str, Any]]:

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
+from llava_sculpt.artifacts.model_card import upload_results, write_model_card
 from llava_sculpt.errors import UserError
 from llava_sculpt.evaluation.figure import plot_source_target
 from llava_sculpt.evaluation.run import evaluate, load_tasks
-from llava_sculpt.evaluation.table import format_table
-from llava_sculpt.experiments.card import upload_results, write_card
+from llava_sculpt.evaluation.table import format_details, format_table
 from llava_sculpt.experiments.tiny_data import prepare_tiny_world
 from llava_sculpt.model.adapter import read_run
 from llava_sculpt.model.checkpoint import find_base_checkpoint
@@ -189,7 +189,7 @@ def _show(task: str, scale: str, folder: Path, zero_shot: dict[str, Any], result
         if earlier["config_hash"] == results["config_hash"] and earlier["base"] == results["base"]:
             rows.append((earlier["model_id"], earlier))
     rows.append((f"{results['model_id']} (this run)", results))
-    write_card(folder, read_run(folder), [rows[0], rows[-1]])
+    write_model_card(folder, results, f"{format_table([rows[0], rows[-1]])}\n\n{format_details(results)}")
     figure = folder / "source_target.png"
     plot_source_target(
         [(label, row["source"], row["target"]) for label, row in rows],

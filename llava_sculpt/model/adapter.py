@@ -63,6 +63,20 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{file}: not readable as JSON: {error}") from error
 
 
+def base_of(folder: Path, base: str | None = None) -> str:
+    """Folder or Hub id of an adapter's base checkpoint: `base` if given, else the one its adapter_config.json names."""
+    return base or find_upwards(read_adapter_config(folder)["base_model_name_or_path"], folder)
+
+
+def find_upwards(name: str, folder: Path) -> str:
+    """A relative path that was recorded in `folder`, from here, else from a folder above; `name` if there is none.
+
+    So a run in a repository finds `data/tiny_llava` whatever the working directory is.
+    """
+    places = (Path(), *folder.absolute().parents)
+    return next((str(place / name) for place in places if (place / name).is_dir()), name)
+
+
 def load_connector(model: nn.Module, folder: Path) -> None:
     """Put connector.safetensors of a run or checkpoint into the model, if the connector was trained.
 

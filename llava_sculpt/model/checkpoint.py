@@ -120,7 +120,7 @@ def find_folder(name_or_path: str, weights: bool = True) -> Path:
 
 def _from_hub(name: str, weights: bool) -> Path:
     if os.path.isabs(name) or name.startswith(".") or name.count("/") != 1:
-        raise UserError(f"model_name_or_path: no such folder: {name}")
+        raise UserError(f"{name}: no such folder (an adapter's base can be given with --base)")
     from huggingface_hub import snapshot_download
 
     # The small files first: config.json says which kind of weights to ask for.
@@ -138,5 +138,6 @@ def _from_hub(name: str, weights: bool) -> Path:
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"model_name_or_path: {name} is neither a folder nor a model that could be fetched from the Hub ({reason})"
+            f"{name}: neither a folder nor a model that could be fetched from the Hub ({reason}); "
+            "an adapter's base can be given with --base"
         ) from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from transformers.utils import is_bitsandbytes_available
 from llava_sculpt.data.images import ImagePreprocessor
 from llava_sculpt.data.tokenizer import LlavaTokenizer
 from llava_sculpt.errors import UserError
-from llava_sculpt.model.adapter import load_adapter
+from llava_sculpt.model.adapter import base_of, load_adapter
 from llava_sculpt.model.checkpoint import BaseCheckpoint, find_base_checkpoint
 from llava_sculpt.model.files import ADAPTER_CONFIG, ADAPTER_FILE, CONNECTOR_FILE, RUN_FILE
 from llava_sculpt.model.lora import lora_pairs
@@ -133,11 +132,7 @@ def load_for_inference(path: str, *, base: str | None = None, dtype: torch.dtype
     is_adapter = (folder / ADAPTER_CONFIG).is_file()
     if not is_adapter and (folder / RUN_FILE).is_file():
         raise UserError(f"{path}: this run has not finished: run the same training command again to continue it")
-    if is_adapter:
-        named = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
-        checkpoint = find_base_checkpoint(base or named)
-    else:
-        checkpoint = find_base_checkpoint(path)
+    checkpoint = find_base_checkpoint(base_of(folder, base) if is_adapter else path)
     model: nn.Module = load_base(checkpoint, dtype)
     if is_adapter:
         model = load_adapter(model, folder, checkpoint)

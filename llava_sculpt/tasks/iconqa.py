@@ -15,6 +15,7 @@ from llava_sculpt.tasks.common import Record, load_json
 from llava_sculpt.tasks.preparation import Preparation
 from llava_sculpt.tasks.problems import Problems
 from llava_sculpt.tasks.questions import Question
+from llava_sculpt.tasks.stream import stream_records
 
 AnswerStyle = Literal["letter", "answer_letter", "text"]
 INSTRUCTIONS = {
@@ -87,3 +88,25 @@ def answer_text(style: str, choices: list[str], answer: int) -> str:
     """The gold answer of a problem in one of the answer styles."""
     letter = ascii_uppercase[answer]
     return {"letter": letter, "answer_letter": f"Answer: {letter}", "text": choices[answer]}[style]
+
+
+def read_answers(path: Path, problems: Problems, answer_style: str) -> dict[int | str, str]:
+    """The answers to choose_txt's test split of a `problems.json` by pid, for scoring (`evaluation.scorers.exact`)."""
+    gold: dict[int | str, str] = {}
+    for pid, record in stream_records(path):
+        where = f"problem {pid}"
+        kind = problems.value(record, "ques_type", str, path, where)
+        split = problems.value(record, "split", str, path, where)
+        if kind != "choose_txt" or split != "test":
+            continue
+        choices = problems.texts(record, "choices", path, where, at_least=2)
+        answer = problems.value(record, "answer", int, path, where)
+        if choices is None or answer is None:
+            continue
+        if not 0 <= answer < len(choices):
+            problems.add(path, where, f"answer {answer} is no index into the {len(choices)} choices")
+            continue
+        gold[pid] = answer_text(answer_style, choices, answer)
+    if not gold and not problems:
+        problems.add(path, "", "no choose_txt problems of the test split")
+    return gold

@@ -62,3 +62,22 @@ def _read(file: Path, found: dict[str, list[Question]], problems: Problems) -> i
                     question = Question(f"{image_id}_{number}", (image,), text, text + SHORT_ANSWER, answer)
                     found[_SPLITS[split]].append(question)
     return books
+
+
+def read_answers(path: Path, problems: Problems, answer_style: str) -> dict[int | str, str]:
+    """The answers to the test split of a `dataset.json` by question id, for scoring (`evaluation.scorers.exact`)."""
+    gold: dict[int | str, str] = {}
+    for book, record in stream_records(path):
+        where = f"record {book}"
+        split = problems.value(record, "split", int, path, where)
+        questions = problems.value(record, "questions", list, path, where)
+        answers = problems.value(record, "answers", list, path, where)
+        if questions is None or answers is None or split != 3:
+            continue
+        if len(questions) != len(answers) or not all(isinstance(answer, str) for answer in answers):
+            problems.add(path, where, "needs one answer, a text, for each question")
+            continue
+        gold |= {f"{book}_{n}": answer for n, answer in enumerate(answers)}
+    if not gold and not problems:
+        problems.add(path, "", "no questions of split 3 (test)")
+    return gold

@@ -133,6 +133,8 @@ def train(config: Config, arguments: Sequence[str]) -> int:
                 f"{output_dir}: the run is finished and saved, but could not be uploaded: {error}. "
                 f"By hand: hf upload REPOSITORY {output_dir} --exclude 'checkpoint-*'"
             ) from error
+    else:
+        trainer.create_model_card()
     leave_together()
     return 0
 

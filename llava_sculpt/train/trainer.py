@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCardData
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
@@ -14,6 +13,7 @@ from torch.utils.data import Sampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers import TrainingArguments as HfTrainingArguments
 
+from llava_sculpt.artifacts.model_card import write_model_card
 from llava_sculpt.config import Config
 from llava_sculpt.data.sampler import ModalityLengthSampler
 from llava_sculpt.errors import UserError
@@ -115,13 +115,9 @@ class LLaVATrainer(LossTerm, Trainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write a short README.md before an upload, unless the run has its own (`finetune` writes it with scores)."""
-        file = self._folder() / "README.md"
-        if self.is_world_process_zero() and not file.exists():
-            base, tags = self.config.model.model_name_or_path, ["llava", "lora", "lorasculpt"]
-            data = ModelCardData(base_model=None if Path(base).is_dir() else base, library_name="peft", tags=tags)
-            text = f"# {file.parent.name}\n\n`run.json` says how it was trained."
-            file.write_text(f"---\n{data.to_yaml()}\n---\n{text}\n", encoding="utf-8")
+        """Write the run's model card, which has no scores yet, in place of the Trainer's (it calls this to upload)."""
+        if self.is_world_process_zero():
+            write_model_card(self._folder())
 
     def _folder(self, output_dir: str | None = None) -> Path:
         return Path(output_dir or self.config.training.output_dir)

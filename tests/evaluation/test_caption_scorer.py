@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava_sculpt.errors import UserError
-from llava_sculpt.evaluation.scorers import caption, score_predictions
-from llava_sculpt.evaluation.scorers.caption import score_captions, tokenize
+from llava_sculpt.evaluation.scorers import caption, scorer_of
+from llava_sculpt.evaluation.scorers.caption import ptb_tokens, tokenize
 from llava_sculpt.evaluation.scorers.cider import cider_d
+from llava_sculpt.evaluation.scorers.scorer import Pairs, Score
 
 needs_ptb = pytest.mark.skipif(caption.ptb_obstacle() is not None, reason=str(caption.ptb_obstacle()))
 
@@ -47,11 +48,8 @@ def reference_cider_d(references: list[list[str]], candidates: list[str]) -> lis
     return scores
 
 
-def gold_of(references: list[list[str]]) -> dict:
-    return {
-        "images": [{"id": i} for i in range(len(references))],
-        "annotations": [{"image_id": i, "caption": c} for i, texts in enumerate(references) for c in texts],
-    }
+def score_captions(references: list[list[str]], pairs: Pairs, tokenizer: str | None = None) -> Score:
+    return scorer_of("coco").score(dict(enumerate(references)), pairs, "authors", tokenizer)
 
 
 captions = st.lists(st.sampled_from("a cat dog sits on the mat".split()), max_size=7).map(" ".join)
@@ -113,19 +111,12 @@ def test_python_tokenizer(text, expected):
 def test_without_java_the_metric_has_another_name(monkeypatch):
     monkeypatch.setenv("PATH", "")
     pytest.importorskip("pycocoevalcap")
-    gold = gold_of([["a red bus"], ["two dogs sleep"]])
+    gold = [["a red bus"], ["two dogs sleep"]]
     score = score_captions(gold, [(0, "A red bus."), (1, "a cat")])
     assert score.metric == "CIDEr (not PTB)"
     assert "Java does not run" in score.variant
     assert score.n == 2
     assert score.per_item[0] > score.per_item[1]
-
-
-def test_an_unwritable_package_folder_falls_back_and_says_so(monkeypatch):
-    pytest.importorskip("pycocoevalcap")
-    monkeypatch.setattr(caption.subprocess, "run", lambda *args, **options: None)
-    monkeypatch.setattr(caption.os, "access", lambda path, mode: False)
-    assert "not writable" in str(caption.ptb_obstacle())
 
 
 def test_a_java_that_only_fails_counts_as_none(monkeypatch, tmp_path):
@@ -139,34 +130,34 @@ def test_a_java_that_only_fails_counts_as_none(monkeypatch, tmp_path):
 def test_without_pycocoevalcap_the_own_cider_d_is_used(monkeypatch):
     monkeypatch.setitem(sys.modules, "pycocoevalcap", None)
     monkeypatch.setitem(sys.modules, "pycocoevalcap.tokenizer", None)
-    score = score_captions(gold_of([["a red bus"], ["two dogs sleep"]]), [(0, "A red bus."), (1, "a cat")])
+    score = score_captions([["a red bus"], ["two dogs sleep"]], [(0, "A red bus."), (1, "a cat")])
     assert score.metric == "CIDEr (not PTB)"
     assert "not installed" in score.variant
 
 
 def test_an_image_without_a_reference_is_refused():
     with pytest.raises(UserError, match="no reference caption"):
-        score_captions({"images": [{"id": 1}], "annotations": []}, [(1, "a")])
+        score_captions([[]], [(0, "a")])
 
 
 def test_ids_must_fit():
-    gold = gold_of([["a"], ["b"]])
+    gold = [["a"], ["b"]]
     with pytest.raises(UserError):
-        score_predictions("coco", gold, [(0, "a")])
+        score_captions(gold, [(0, "a")])
     with pytest.raises(UserError):
-        score_predictions("coco", gold, [(0, "a"), (1, "b"), (1, "c")])
+        score_captions(gold, [(0, "a"), (1, "b"), (1, "c")])
 
 
 @needs_ptb
 def test_ptb_line_breaks_inside_captions_shift_nothing():
     references = [["a red bus", "the bus is red"], ["two dogs sleep"], ["one kite flies"], ["three boats on a lake"]]
     plain = ["a red bus", "two dogs sleep", "one kite", ""]
-    score = score_captions(gold_of(references), enumerate(plain))
+    score = score_captions(references, list(enumerate(plain)))
     assert score.metric == "CIDEr"
     breaks = "\n\r\x0b\x0c\u2028\u2029"
     broken = [plain[0].replace(" ", breaks), *plain[1:]]
-    assert score_captions(gold_of(references), enumerate(broken)).per_item == pytest.approx(score.per_item)
-    by_python = score_captions(gold_of(references), enumerate(plain), tokenizer="python")
+    assert score_captions(references, list(enumerate(broken))).per_item == pytest.approx(score.per_item)
+    by_python = score_captions(references, list(enumerate(plain)), tokenizer="python")
     assert by_python.score == pytest.approx(score.score)  # plain captions: both tokenizers agree
 
 
@@ -174,4 +165,21 @@ def test_ptb_line_breaks_inside_captions_shift_nothing():
 def test_ptb_output_that_lost_its_place_is_noticed(monkeypatch):
     monkeypatch.setattr(caption, "_LINE_BREAKS", caption.re.compile("\n"))
     with pytest.raises(RuntimeError, match="number of captions"):
-        score_captions(gold_of([["a red\u2028bus"], ["two dogs"]]), [(0, "x"), (1, "y")])
+        score_captions([["a red\u2028bus"], ["two dogs"]], [(0, "x"), (1, "y")])
+
+
+@needs_ptb
+def test_ptb_tokens_are_the_official_ones_to_the_last_sign():
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+    captions = {
+        1: ["A dog. :)", "", "a  man's hat"],
+        7: ["so (happy) ;-)"],
+        3: ["two\nlines"],
+        4: [" "],
+        5: ["ends :)"],
+    }
+    for last in ("ends :)", "http://x.y", "", " "):
+        captions[5] = [last]
+        official = PTBTokenizer().tokenize({i: [{"caption": text} for text in texts] for i, texts in captions.items()})
+        assert ptb_tokens(captions) == official

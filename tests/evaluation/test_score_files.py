@@ -149,6 +149,32 @@ def test_lenient_about_ids_is_what_each_official_script_does(tmp_path):
         score_files("coco", own, put(tmp_path / "c.json", captions), lenient=True, tokenizer="python")
 
 
+def test_lenient_annotations_with_one_id_are_what_each_official_script_makes_of_them(tmp_path):
+    def score(name: str, gold: Any, own: list[Any]) -> float:
+        annotations, predictions = tmp_path / "gold.json", put(tmp_path / "own.json", own)
+        annotations.write_text(gold if isinstance(gold, str) else json.dumps(gold))
+        with pytest.raises(UserError, match="occurs twice"):
+            score_files(name, predictions, annotations, tokenizer="python")
+        return score_files(name, predictions, annotations, lenient=True, tokenizer="python")["score"]
+
+    own = [{"question_id": 1, "text": "dog"}, {"question_id": 2, "text": "cow"}]
+    answers = {text: {"answers": [{"answer_id": i, "answer": text} for i in range(10)]} for text in ("dog", "cat")}
+    records = [{"question_id": q, **answers[text]} for q, text in ((1, "cat"), (2, "cat"), (1, "dog"))]
+    # VQA's evaluator goes through the annotations: question 1 counts twice, with its last answers.
+    assert score("okvqa", {"annotations": records}, own) == pytest.approx(200 / 3)
+    records = [{"question_id": q, "answers": [text] * 10} for q, text in ((1, "cat"), (2, "cat"), (1, "dog"))]
+    assert score("textvqa", {"data": records}, own) == 50
+    records = [{"question_id": q, "answer": text} for q, text in ((1, "cat"), (2, "cat"), (1, "dog"))]
+    for name in ("ocrvqa", "iconqa"):
+        assert score(name, records, own) == 50
+    members = ", ".join(f'"{q}": {json.dumps(gqa_record(text))}' for q, text in (("a", "cat"), ("a", "dog")))
+    assert score("gqa", f"{{{members}}}", [{"question_id": "a", "text": "dog"}]) == 100
+    captions = [{"image_id": 1, "caption": "a dog"}, {"image_id": 2, "caption": "two red cats"}]
+    own = [{"image_id": 1, "caption": "a dog"}, {"image_id": 2, "caption": "two red cats"}]
+    images = {"images": [{"id": 1}, {"id": 2}, {"id": 1}], "annotations": captions}
+    assert score("coco", images, own) > 0  # COCO's images are a dict by id
+
+
 def test_ids_of_another_type_are_told_as_such(tmp_path):
     own = put(tmp_path / "own.jsonl", [{"question_id": "1", "text": "dog"}])
     with pytest.raises(UserError, match="some ids are numbers in one file and texts in the other"):

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 from huggingface_hub import HfApi, ModelCard
 
-from llava_sculpt.experiments.card import upload_results, write_card
-from llava_sculpt.model.adapter import read_run
+from llava_sculpt.artifacts.model_card import upload_results, write_model_card
 from tests.train.conftest import flags, train  # noqa: F401
 
 
@@ -68,7 +67,7 @@ def test_a_finished_run_is_uploaded_whole(train, hub: Hub, tmp_path: Path) -> No
     entry = {"n": 4, "split": "test", "metric": "accuracy", "variant": "official", "score": 12.345}
     entry |= {"prompt_style": "short", "decoding": "greedy"}
     results = {"tasks": {"iconqa": entry}, "source": 50.0, "target": 12.345, "avg": 31.1725}
-    write_card(folder, read_run(folder), [("zero-shot", results), ("run", results)])
+    write_model_card(folder, results, "THE TABLE")
     (folder / "results.json").write_text(json.dumps(results))
     upload_results(folder)
     assert set(hub.uploads[1]) == {"README.md", "results.json"}
@@ -76,8 +75,8 @@ def test_a_finished_run_is_uploaded_whole(train, hub: Hub, tmp_path: Path) -> No
     scores = {result.dataset_type: result.metric_value for result in card.data.eval_results}
     assert scores == {"iconqa": 12.35, "source": 50.0, "target": 12.35, "avg": 31.17}
     assert "base_model" not in card.data.to_dict()  # a folder here, nothing the Hub knows
-    assert "Density: A 9." in card.text and "python -m llava_sculpt.train.train --model_name_or_path" in card.text
-    assert "llava-sculpt eval --model" in card.text and "hf_secret" not in card.content
+    assert "THE TABLE" in card.text and "Density: A 9." in card.text
+    assert "hf_secret" not in card.content and str(tmp_path) not in card.content
 
 
 def test_without_the_flag_nothing_is_sent(train, hub: Hub, tmp_path: Path) -> None:  # noqa: F811

@@ -7,58 +7,91 @@ comparable with published values.
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
-from collections.abc import Iterable
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 from llava_sculpt.errors import UserError
 from llava_sculpt.evaluation.scorers.cider import cider_d
-from llava_sculpt.evaluation.scorers.score import QuestionId, Score, match_predictions, mean
+from llava_sculpt.evaluation.scorers.scorer import Gold, Pairs, Score, Scorer, Seen, match_predictions, mean
+from llava_sculpt.tasks.common import load_json, records_of
+from llava_sculpt.tasks.problems import Problems
 
 # The Java tokenizer starts a new line at each of these. pycocoevalcap replaces only "\n"; any other would
 # shift all later captions to the wrong image without a word.
 _LINE_BREAKS = re.compile("[\n\r\x0b\x0c\u2028\u2029]")
-_SENTINEL = "endofcaptions"
 
 
-def score_captions(
-    gold: dict[str, Any], predictions: Iterable[tuple[QuestionId, str]], tokenizer: str | None = None
-) -> Score:
-    """CIDEr-D x 100 over the images of `gold` {"images": [{"id"}], "annotations": [{"image_id", "caption"}]}.
+class Captions(Scorer):
+    """CIDEr-D x 100. Gold: the reference captions of an image; question ids are image ids."""
 
-    Question ids are image ids. `tokenizer` "ptb" or "python"; None takes "ptb" if it can run here (`ptb_obstacle`).
-    Raises UserError on missing, duplicate or unknown ids, or an image without a reference, and RuntimeError if the
-    Java tokenizer fails.
-    """
-    references: dict[QuestionId, list[str]] = {image["id"]: [] for image in gold["images"]}
-    for annotation in gold["annotations"]:
-        references.setdefault(annotation["image_id"], []).append(annotation["caption"])
-    bare = [image_id for image_id, given in references.items() if not given]
-    if bare:
-        raise UserError(f"coco: {len(bare)} images have no reference caption, the first: {bare[0]}")
-    texts = match_predictions(predictions, references, "coco")
-    obstacle = ptb_obstacle() if tokenizer is None else None
-    if tokenizer == "ptb" or (tokenizer is None and obstacle is None):
-        metric, variant = "CIDEr", "PTB tokenizer, pycocoevalcap"
-        cider, scores = _pycocoevalcap_scores(references, texts)
-    else:
-        metric, variant = "CIDEr (not PTB)", "Python tokenizer" + (f": {obstacle}" if obstacle else "")
-        scores = cider_d(
-            [[tokenize(text) for text in given] for given in references.values()],
-            [tokenize(texts[image_id]) for image_id in references],
-        )
-        cider = mean(scores)
-    per_item = {image_id: 100 * score for image_id, score in zip(references, scores, strict=True)}
-    return Score(100 * cider, len(per_item), metric, variant, per_item)
+    fields = (("image_id", "caption"), ("question_id", "text"))
+
+    def read_gold(self, path: Path, problems: Problems, seen: Seen, answer_style: str) -> Gold:
+        """{"images": [{"id"}], "annotations": [{"image_id", "caption"}]}, or the test split of Karpathy's file."""
+        content = load_json(path, dict)
+        gold: Gold = {}
+        karpathy = "annotations" not in content
+        for number, record in enumerate(records_of(content, "images", path)):
+            where = f"image {number}"
+            image_id = problems.identifier(record, "cocoid" if karpathy else "id", path, where, seen)
+            captions: list[Any] = []
+            if karpathy:
+                split = problems.value(record, "split", str, path, where)
+                sentences = problems.value(record, "sentences", list, path, where) or ()
+                if split != "test":
+                    continue
+                for position, sentence in enumerate(sentences):
+                    captions.append(problems.value(sentence, "raw", str, path, f"{where}, sentence {position}"))
+            if image_id is not None:
+                gold[image_id] = captions
+        if karpathy and not gold:
+            problems.add(path, "", "no images of split 'test'")
+        for number, record in enumerate([] if karpathy else records_of(content, "annotations", path)):
+            where = f"annotation {number}"
+            image_id = problems.identifier(record, "image_id", path, where)
+            # A reference may be empty: it is one, and the official tokenizer takes it.
+            text = record.get("caption") if isinstance(record, dict) else ""
+            if not isinstance(text, str):
+                problems.add(path, where, "needs a text under 'caption'")
+            elif image_id is not None and image_id not in gold:
+                problems.add(path, where, f"image_id {image_id} is not among the images")
+            elif image_id is not None:
+                gold[image_id].append(text)
+        return gold
+
+    def lenient(self, gold: Gold, pairs: Pairs) -> tuple[Gold, Pairs]:
+        """The official script fails without exactly one caption for each image."""
+        return gold, pairs
+
+    def score(self, gold: Gold, pairs: Pairs, variant: str, tokenizer: str | None) -> Score:
+        """See `Scorer.score`; also raises RuntimeError if the Java tokenizer fails."""
+        bare = [image_id for image_id, references in gold.items() if not references]
+        if bare:
+            raise UserError(f"{self.task}: {len(bare)} images have no reference caption, the first: {bare[0]}")
+        texts = match_predictions(pairs, gold, self.task)
+        obstacle = ptb_obstacle() if tokenizer is None else None
+        if tokenizer == "ptb" or (tokenizer is None and obstacle is None):
+            metric, note = "CIDEr", "PTB tokenizer, pycocoevalcap"
+            from pycocoevalcap.cider.cider import Cider
+
+            own = {image_id: [texts[image_id]] for image_id in gold}
+            cider, scores = Cider().compute_score(ptb_tokens(gold), ptb_tokens(own))
+        else:
+            metric, note = "CIDEr (not PTB)", "Python tokenizer" + (f": {obstacle}" if obstacle else "")
+            references = [[tokenize(text) for text in given] for given in gold.values()]
+            scores = cider_d(references, [tokenize(texts[image_id]) for image_id in gold])
+            cider = mean(scores)
+        per_item = {image_id: 100 * float(score) for image_id, score in zip(gold, scores, strict=True)}
+        return Score(100 * float(cider), len(per_item), metric, note, per_item)
 
 
 def ptb_obstacle() -> str | None:
     """Why the PTB tokenizer cannot run here (one phrase), or None if it can."""
     try:
-        from pycocoevalcap.tokenizer import ptbtokenizer
+        from pycocoevalcap.tokenizer import ptbtokenizer  # noqa: F401
     except ImportError:
         return "pycocoevalcap is not installed"
     # Running it is the test: macOS has a `java` that only says that there is none.
@@ -66,35 +99,35 @@ def ptb_obstacle() -> str | None:
         subprocess.run(["java", "-version"], capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "Java does not run here"
-    if not os.access(Path(ptbtokenizer.__file__).parent, os.W_OK):  # it writes its temporary files beside itself
-        return "pycocoevalcap's folder is not writable"
     return None
 
 
-def _pycocoevalcap_scores(
-    references: dict[QuestionId, list[str]], texts: dict[QuestionId, str]
-) -> tuple[float, list[float]]:
-    from pycocoevalcap.cider.cider import Cider
+def ptb_tokens(captions: Gold) -> Gold:
+    """The captions as pycocoevalcap's `PTBTokenizer.tokenize` returns them, sure that each came back at its place.
 
-    gold_tokens = _ptb_tokens(references)
-    own_tokens = _ptb_tokens({image_id: [texts[image_id]] for image_id in references})
-    cider, scores = Cider().compute_score(gold_tokens, own_tokens)
-    return float(cider), [float(score) for score in scores]
+    Runs the same program on the same text; but pycocoevalcap deals the lines out without counting them.
 
+    Raises:
+        RuntimeError: Java failed, or returned another number of lines than it was given.
+    """
+    from pycocoevalcap.tokenizer import ptbtokenizer
 
-def _ptb_tokens(captions: dict[QuestionId, list[str]]) -> dict[QuestionId, list[str]]:
-    """Tokenize by the Java tool, sure that every caption came back at its place."""
-    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
-
-    asked: dict[QuestionId, list[dict[str, str]]] = {
-        image_id: [{"caption": _LINE_BREAKS.sub(" ", text)} for text in given] for image_id, given in captions.items()
-    }
-    asked[_SENTINEL] = [{"caption": _SENTINEL}]
-    tokens: dict[QuestionId, list[str]] = PTBTokenizer().tokenize(asked)
-    # The last line is known: any line too many or too few before it moves it.
-    if tokens.pop(_SENTINEL, None) != [_SENTINEL] or any(len(tokens[i]) != len(captions[i]) for i in captions):
-        raise RuntimeError("the PTB tokenizer returned another number of captions than it was given")
-    return tokens
+    given = [_LINE_BREAKS.sub(" ", text) for texts in captions.values() for text in texts]
+    with NamedTemporaryFile(suffix=".txt") as file:
+        file.write("\n".join(given).encode())
+        file.flush()
+        jar = Path(ptbtokenizer.__file__).with_name(ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR)
+        program = ["edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase", file.name]
+        done = subprocess.run(["java", "-cp", str(jar), *program], capture_output=True, check=False)
+    lines = done.stdout.decode().split("\n")
+    if done.returncode != 0 or len(lines) != len(given):
+        reason = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        raise RuntimeError(
+            f"the PTB tokenizer returned another number of captions than it was given: {len(lines)} of {len(given)} "
+            f"(exit code {done.returncode}{''.join(f', {line}' for line in reason)})"
+        )
+    tokens = (" ".join(w for w in line.rstrip().split(" ") if w not in ptbtokenizer.PUNCTUATIONS) for line in lines)
+    return {image_id: [next(tokens) for _ in texts] for image_id, texts in captions.items()}
 
 
 _TOKEN = re.compile(

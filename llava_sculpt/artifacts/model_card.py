@@ -1,0 +1,182 @@
+"""The model card of a run (README.md of its folder), fit to be uploaded as it is."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, HfApi, ModelCardData
+
+from llava_sculpt.artifacts.inspect import inspect_adapter
+from llava_sculpt.model.adapter import read_run
+from llava_sculpt.model.files import CONNECTOR_FILE, MASKS_FILE
+from llava_sculpt.names import METHODS
+from llava_sculpt.records import write_atomically
+
+_CARD = "README.md"
+_SHOWN = (
+    "method lora_r lora_alpha lora_dropout connector learning_rate mm_projector_lr num_train_epochs seed "
+    "sculpt_density sculpt_warmup_steps sculpt_omega sculpt_alpha sculpt_beta sculpt_reduction"
+).split()
+# The three summaries of every evaluation.
+_TITLES = {
+    "source": "Source (mean of OKVQA, OCRVQA, GQA, TextVQA)",
+    "target": "Target",
+    "avg": "Avg of Source and Target",
+}
+# What wraps the training module when several processes train: the launcher it was started by.
+_LAUNCHERS = {"DeepSpeedEngine": "deepspeed --num_gpus {} --module", "": "torchrun --nproc_per_node {} -m"}
+
+
+def write_model_card(folder: Path, results: Mapping[str, Any] | None = None, scores: str = "") -> None:
+    """Write README.md of a finished run: what was trained on what, the scores, how to load and to repeat it.
+
+    It holds no path of this machine: absolute ones are shortened, the others are as the training command gave them.
+    Does nothing in a folder without run.json.
+
+    Args:
+        results: content of results.json, for the card's metadata; None if there are no scores.
+        scores: the same for people, as a table.
+    """
+    run = read_run(folder)
+    if not run:
+        return
+    config, method = run["config"], METHODS[run["config"]["method"]]
+    place, base = _portable(config["output_dir"]), _portable(run["base"]["path"])
+    shown = [key for key in _SHOWN if config["method"] == "sculpt" or not key.startswith("sculpt_")] + [*method.fields]
+    settings = "\n".join(f"| {key} | {config[key]} |" for key in shown)
+    density = ""
+    if (folder / MASKS_FILE).is_file():
+        total = inspect_adapter(folder)["total"]
+        density = (
+            f"\nDensity: A {total['density_A']:.2%}, B {total['density_B']:.2%}, BA {total['density_BA']:.2%}\n"
+            f"(Theorem 3.1 expects {total['expected_BA']:.2%}).\n"
+        )
+    connector = ""
+    if (folder / CONNECTOR_FILE).is_file():
+        connector = (
+            f'connector = load_file(f"{{folder}}/{CONNECTOR_FILE}")\n'
+            "model.get_base_model().load_state_dict(connector, strict=False)\n"
+        )
+    text = f"""---
+{_metadata(folder.absolute().name, run["base"]["path"], results).to_yaml()}
+---
+# {method.label} adapter, rank {config["lora_r"]}, on {Path(run["data"]["path"]).parent.name}
+
+{run["data"]["samples"]:,} training samples, {run["steps"]:,} optimizer steps of {run["global_batch_size"]},
+base model `{base}` (fingerprint `{run["base"]["fingerprint"][:16]}`).
+{density}
+## Scores
+
+{f"```{chr(10)}{scores}{chr(10)}```" if scores else "Not evaluated yet."}
+
+## Use
+
+With transformers and peft:
+
+```python
+import torch
+from peft import PeftModel
+{"from safetensors.torch import load_file" + chr(10) if connector else ""}\
+from transformers import LlavaForConditionalGeneration
+
+folder = "{place}"  # where these files are
+model = LlavaForConditionalGeneration.from_pretrained("{base}", dtype=torch.bfloat16)
+model = PeftModel.from_pretrained(model, folder).eval()
+{connector}```
+
+A base in the layout of LLaVA's own package loads with `llava_sculpt.model.load.load_for_inference(folder)`, which also
+checks that it is the base trained on.
+
+## Commands
+
+```bash
+{_training_command(run)}
+llava-sculpt eval --model {place} --tasks all
+llava-sculpt inspect {place}
+llava-sculpt merge {place} --out {place}-merged
+```
+
+## Training
+
+| setting | value |
+|---|---|
+{settings}
+
+Versions: {", ".join(f"{k} {v}" for k, v in run["versions"].items())}.
+
+The base model and the training data have licences of their own, which this adapter is bound by as well.
+"""
+    write_atomically(folder / _CARD, text.encode())
+
+
+def upload_results(folder: Path) -> None:
+    """Put card, scores and figure of a run beside the adapter that `--push_to_hub` has uploaded; else do nothing."""
+    config = read_run(folder)["config"]
+    if config["push_to_hub"]:
+        api = HfApi()
+        name = config["hub_model_id"] or folder.absolute().name
+        repository = api.create_repo(name, exist_ok=True).repo_id
+        api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            allow_patterns=[_CARD, "results.json", "*.png"],
+            commit_message="Scores",
+            revision=config["hub_revision"],
+        )
+        print(f"uploaded to {repository}")
+
+
+def _metadata(name: str, base: str, results: Mapping[str, Any] | None) -> ModelCardData:
+    """What the Hub shows beside the card: licence, base model, tags, and every score in its model-index."""
+    scores = []
+    if results is not None:
+        rows = [
+            (task, f"{task} ({e['n']} questions, {e['split']})", f"{e['metric']}, {e['variant']}", e["score"])
+            for task, e in results["tasks"].items()
+        ]
+        rows += [(key, title, None, results[key]) for key, title in _TITLES.items() if results[key] is not None]
+        scores = [
+            EvalResult(
+                task_type="image-to-text" if task == "coco" else "visual-question-answering",
+                dataset_type=task,
+                dataset_name=title,
+                metric_type="cider" if task == "coco" else "accuracy" if metric else "score",
+                metric_name=metric,
+                metric_value=round(score, 2),
+            )
+            for task, title, metric, score in rows
+        ]
+    here = Path(base).is_dir() or os.path.isabs(base)  # the Hub knows ids, not folders
+    license = {"license": "other", "license_name": "as-the-base-model"}
+    if not here and "llava" in base and "1.5" in base:
+        license = {"license": "llama2"}
+    return ModelCardData(
+        base_model=None if here else base,
+        library_name="peft",
+        pipeline_tag="image-text-to-text",
+        tags=["llava", "lora", "lorasculpt"],
+        **license,
+        **({"model_name": name, "eval_results": scores} if scores else {}),
+    )
+
+
+def _training_command(run: Mapping[str, Any]) -> str:
+    """The command of run.json with the launcher it needs, without paths of this machine and the launcher's own flag."""
+    words = [word for word in shlex.split(run["command"]) if not word.startswith("--local_rank")]
+    parts = [word.partition("=") for word in words]
+    command = shlex.join(f"{key}{sign}{_portable(value)}" if sign else _portable(key) for key, sign, value in parts)
+    if run["world_size"] > 1:
+        launcher = _LAUNCHERS.get(run.get("engine", ""), _LAUNCHERS[""]).format(run["world_size"])
+        command = command.replace("python -m", launcher, 1)
+    return command
+
+
+def _portable(path: str) -> str:
+    """An absolute path from the working directory if it is below it, else its last part; anything else as it is."""
+    if not os.path.isabs(path):
+        return path
+    return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else Path(path).name
