@@ -10,6 +10,7 @@ import itertools
 import json
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import shutil
 import signal
@@ -25,8 +26,8 @@ from llava_sculpt.errors import UserError
 from llava_sculpt.experiments.grid import Grid, Run, read_grid
 from llava_sculpt.experiments.jobs import Job, adapter_folder, adapter_root, make_plan
 from llava_sculpt.experiments.results import read_results, result_file
-from llava_sculpt.experiments.summary import format_choice, format_rows, rows_of
-from llava_sculpt.experiments.worker import PRELOAD, check, do_job, log_file
+from llava_sculpt.experiments.summary import choices_of, format_choices, format_rows, rows_of
+from llava_sculpt.experiments.worker import PRELOAD, check_inputs, do_job, log_file
 from llava_sculpt.records import write_json
 
 _REFRESH_S = 1.0
@@ -90,7 +91,8 @@ def experiment(
     context = multiprocessing.get_context("forkserver")
     # With a GPU nothing is imported ahead: imports already ask CUDA for its devices, and no fork may use it after that.
     context.set_forkserver_preload([] if torch.cuda.is_available() else PRELOAD)
-    origin = _check_inputs(context, list(runs.values()))
+    multiprocessing.forkserver.ensure_running()  # it imports while the inputs are checked
+    origin = check_inputs(list(runs.values()))
     if redo:
         _forget(runs.values())
         results = read_results(scale)
@@ -108,7 +110,7 @@ def _show(grids: list[Grid], results: dict[str, dict[str, Any]]) -> None:
         rows = rows_of(grid.runs, results)
         print(f"\n{grid.name}: {grid.title}\n{format_rows(rows)}")
         if grid.runs[0].split == "val":
-            print(format_choice(rows))
+            print(format_choices(choices_of(rows)))
 
 
 def _describe(runs: list[Run], plan: list[Job], at_a_time: int) -> str:
@@ -125,22 +127,6 @@ def _describe(runs: list[Run], plan: list[Job], at_a_time: int) -> str:
         f"{sum(len(job.scores) for job in plan)} evaluations; about {_duration(total)}, {at_a_time} at a time"
     )
     return "\n".join(lines)
-
-
-def _check_inputs(context: ForkServerContext, runs: list[Run]) -> dict[str, Any]:
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=check, args=(runs, theirs))
-    process.start()
-    theirs.close()
-    try:
-        answer = ours.recv()
-    except EOFError as error:
-        raise RuntimeError("the check of the inputs ended without an answer") from error
-    finally:
-        process.join()
-    if isinstance(answer, list):
-        raise UserError(answer)
-    return answer
 
 
 def _forget(runs: Any) -> None:
