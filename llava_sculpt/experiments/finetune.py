@@ -64,8 +64,6 @@ def finetune(
     Raises:
         UserError: the scale asked for cannot run here, or any bad input.
     """
-    if not Path("configs").is_dir():
-        raise UserError("run this from the repository's folder (configs/ is not here)")
     missing = missing_for_paper(task) if scale != "tiny" else []
     if scale == "paper" and missing:
         raise UserError(["--scale paper cannot run here; missing:", *(f"  {item}" for item in missing)])

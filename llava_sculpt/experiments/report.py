@@ -32,8 +32,6 @@ def report(scale: str, out: Path) -> int:
     Raises:
         UserError: no results of that scale, or damaged ones.
     """
-    if not Path("configs").is_dir():
-        raise UserError("run this from the repository's folder (configs/ is not here)")
     found = gather(scale, read_results(scale))
     out.mkdir(parents=True, exist_ok=True)
     for figure in found.figures:

@@ -63,8 +63,6 @@ def experiment(
     Raises:
         UserError: everything that is wrong with grids, configurations or data, before the first run.
     """
-    if not Path("configs").is_dir():
-        raise UserError("run this from the repository's folder (configs/ is not here)")
     problems = [
         f"--{name}: must be at least 1" for name, n in (("seeds", seeds), ("jobs", jobs)) if n is not None and n < 1
     ]
@@ -193,10 +191,10 @@ class _Runner:
                     self._finish(process)
                 self._show_status()
         except BaseException:
-            self._clear_status()
+            self._rewrite_line("")
             self._end_jobs()
             raise
-        self._clear_status()
+        self._rewrite_line("")
         print(
             f"{self._done - len(self._failed)} jobs done in {_duration(time.monotonic() - self._started)}", flush=True
         )
@@ -257,20 +255,19 @@ class _Runner:
         return max(longest, (sum(running) + sum(waiting)) / self._at_a_time)
 
     def _say(self, message: str) -> None:
-        self._clear_status()
+        self._rewrite_line("")
         left = f", about {_duration(self._seconds_left())} left" if self._waiting or self._running else ""
         print(f"[{self._done}/{self._total}{left}] {message}", flush=True)
 
     def _show_status(self) -> None:
-        if sys.stderr.isatty():
-            names = ", ".join(job.label for job, _ in self._running.values())
-            line = f"[{self._done}/{self._total}, about {_duration(self._seconds_left())} left] {names}"
-            width = shutil.get_terminal_size().columns - 1
-            print(f"\r{line[:width]:<{width}}", end="", file=sys.stderr, flush=True)
+        names = ", ".join(job.label for job, _ in self._running.values())
+        self._rewrite_line(f"[{self._done}/{self._total}, about {_duration(self._seconds_left())} left] {names}")
 
-    def _clear_status(self) -> None:
+    def _rewrite_line(self, line: str) -> None:
+        """Put this in place of the status line of a terminal; "" takes it away."""
         if sys.stderr.isatty():
-            print(f"\r{' ' * (shutil.get_terminal_size().columns - 1)}\r", end="", file=sys.stderr, flush=True)
+            width = shutil.get_terminal_size().columns - 1
+            print(f"\r{line[:width]:<{width}}" + "\r" * (not line), end="", file=sys.stderr, flush=True)
 
 
 def _last_line(log: Path) -> str:
