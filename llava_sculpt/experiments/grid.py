@@ -48,7 +48,7 @@ class Run:
     """One result to have: a method trained (or LoRA trained and edited) on a task with one seed, scored on a split.
 
     Args:
-        settings: everything training is told, seed apart; () for zero-shot.
+        settings: all fields of the training configuration but the seed; () for zero-shot.
         edit: fields of the edit; () for a run that is only trained.
         seed: None for zero-shot.
     """
@@ -123,11 +123,11 @@ class Run:
         return config_file(self.scale, self.task, self.trained_method)
 
     def train_flags(self) -> list[str]:
-        """What training is told beside its YAML."""
-        told = read_mapping(self.config_file)
+        """The flags of training that change its YAML into this run's settings."""
+        of_yaml = read_mapping(self.config_file)
         flags = ["--method", self.trained_method, "--seed", str(self.seed)]
         for key, value in self.settings:
-            if told.get(key) != value:
+            if of_yaml.get(key) != value:
                 flags += [f"--{key}", str(value)]
         return flags
 

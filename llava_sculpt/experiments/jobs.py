@@ -1,4 +1,4 @@
-"""Which jobs bring about the results that are missing, in which order, and how long they will take.
+"""The jobs that produce missing results, in order, with estimated times.
 
 A job makes one adapter (by training, or by editing a trained one) and scores it. An adapter that several runs need is
 made once: LoRA's feeds DARE, Model Tailor and post-pruning. A result that is there is not made again.
@@ -77,7 +77,7 @@ def make_plan(runs: Iterable[Run], results: Mapping[str, dict[str, Any]]) -> lis
     jobs first, so that several at a time end together.
 
     Args:
-        results: those there are, by run name.
+        results: existing ones, by run name.
     """
     scores: dict[str, list[Run]] = {}
     makers: dict[str, Run] = {}

@@ -59,7 +59,7 @@ class ReportFigure:
 
 @dataclass
 class Missing:
-    """What a grid lacks: of how many runs how many, the settings without any, and the command that brings them."""
+    """The missing runs of a grid: counts, the settings without any run, and the command that does them."""
 
     grid: str
     there: int

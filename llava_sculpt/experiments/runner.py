@@ -168,7 +168,7 @@ def _keep_adapters_of(origin: dict[str, Any], scale: str) -> None:
 
 
 class _Runner:
-    """Keeps `at_a_time` processes busy with the jobs of a plan, and tells how far it is."""
+    """Keeps `at_a_time` processes busy with the jobs of a plan, and reports progress."""
 
     def __init__(self, context: ForkServerContext, plan: list[Job], at_a_time: int) -> None:
         self._context = context

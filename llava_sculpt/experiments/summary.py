@@ -18,7 +18,7 @@ _BY_TASK = ("data_path", "image_folder", "output_dir")
 
 @dataclass
 class Row:
-    """A setting (`run`, of any of its seeds) on a task, and what is there of it, by seed."""
+    """A setting (`run`, of any of its seeds) on a task, and its results, by seed."""
 
     run: Run
     task: str
@@ -66,12 +66,12 @@ def labels_of(rows: Iterable[Row]) -> list[str]:
         keys = dict.fromkeys(key for settings in same for key in settings if key not in _BY_TASK)
         differing[row.run.method] = [key for key in keys if len({str(settings.get(key)) for settings in same}) > 1]
     return [
-        " ".join([METHODS[row.run.method].label, *(_told(row.run, key) for key in differing[row.run.method])])
+        " ".join([METHODS[row.run.method].label, *(_setting(row.run, key) for key in differing[row.run.method])])
         for row in rows
     ]
 
 
-def _told(run: Run, key: str) -> str:
+def _setting(run: Run, key: str) -> str:
     value = run.setting(key)
     return f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
 
