@@ -34,6 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     options.train_flags = rest
     options.arguments = arguments
     try:
+        if options.command in ("finetune", "experiment", "report") and not Path("configs").is_dir():
+            raise UserError("run this from the repository's folder (configs/ is not here)")
         return _COMMANDS[options.command][2](options)
     except UserError as error:
         for problem in error.problems:

@@ -70,7 +70,7 @@ def _minus(first: Seeds, second: Seeds) -> dict[int | None, float]:
     return {seed: first[seed] - second[seed] for seed in first if seed in second}
 
 
-def _told(differences: Seeds) -> str:
+def _format(differences: Seeds) -> str:
     mean, half = mean_and_interval(list(differences.values()))
     return f"{mean:+.2f}" + (" (one seed)" if half is None else f" ± {half:.2f}")
 
@@ -86,7 +86,7 @@ def _verdict(differences: Seeds, at_least: float = 0.0) -> str:
 
 
 def _claim(finding: str, task: str, what: str, differences: Seeds) -> Claim:
-    return Claim(finding, task, _verdict(differences), f"{what}: {_told(differences)}" if differences else "")
+    return Claim(finding, task, _verdict(differences), f"{what}: {_format(differences)}" if differences else "")
 
 
 def _ends(rows: Sequence[Row], setting: str) -> tuple[Any, Any]:
@@ -112,7 +112,9 @@ def _kept(task: str, rows: Sequence[Row]) -> Claim:
     margin = TARGET_MARGIN * fmean(_mean(rows, "lora", "target").values())
     verdicts = {_verdict(source), _verdict(target, -margin)}
     verdict = APPEARS if verdicts == {APPEARS} else CONTRARY if CONTRARY in verdicts else NOT_SHOWN
-    evidence = f"mean over ranks, Source {_told(source)}, Target {_told(target)} (a loss of {margin:.2f} is allowed)"
+    evidence = (
+        f"mean over ranks, Source {_format(source)}, Target {_format(target)} (a loss of {margin:.2f} is allowed)"
+    )
     return Claim(finding, task, verdict, evidence)
 
 
@@ -156,7 +158,7 @@ def _parts(task: str, rows: Sequence[Row]) -> list[Claim]:
     for finding, better, worse in (("SRR alone helps", srr, neither), ("RKH adds to SRR", both, srr)):
         (_, avg), *others = ((s, _minus(better.values(s), worse.values(s))) for s in ("avg", "source", "target"))
         claim = _claim(finding, task, "Avg", avg)
-        further = "".join(f", {score.title()} {_told(difference)}" for score, difference in others if difference)
+        further = "".join(f", {score.title()} {_format(difference)}" for score, difference in others if difference)
         claims.append(replace(claim, evidence=claim.evidence + further))
     return claims
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, mode
 from typing import Any
 
 import matplotlib
@@ -19,17 +19,16 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from llava_sculpt.evaluation.figure import COLOURS, MARKERS
-from llava_sculpt.experiments.results import mean_and_interval
 from llava_sculpt.experiments.summary import Row
 from llava_sculpt.names import METHODS, TASKS, TRAINED, ZERO_SHOT
 from llava_sculpt.records import write_atomically
 
-# One look for each method in all figures.
-_STYLE = {
-    method: (COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)])
+# One look for each method in all figures: its colour and marker.
+_LOOKS = {
+    method: {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
     for index, method in enumerate(dict.fromkeys(("sculpt", "lora", "model_tailor", "dora", "dare", *TRAINED)))
 }
-_SOURCE, _TARGET = COLOURS[0], COLOURS[1]
+_SCORES = {"source": {"color": COLOURS[0], "marker": "o"}, "target": {"color": COLOURS[1], "marker": "s"}}
 _GREY = "#777777"
 _STYLES: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
@@ -42,8 +41,7 @@ _STYLES: dict[Any, Any] = {
     "legend.frameon": False,
     "legend.fontsize": 9,
 }
-
-Points = list[tuple[float, float, float]]  # x, mean, half width of the interval
+_SVG: dict[str, Any] = {"format": "svg", "metadata": {"Date": None, "Creator": None}}
 
 
 def draw(make: Callable[[], Figure | None]) -> Figure | None:
@@ -54,10 +52,7 @@ def draw(make: Callable[[], Figure | None]) -> Figure | None:
 
 def to_svg(figure: Figure, name: str) -> str:
     """The figure as an SVG element for a page: no XML head, as wide as there is room, its ids made its own."""
-    stream = io.StringIO()
-    with matplotlib.rc_context(_STYLES):
-        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
-    svg = stream.getvalue()
+    svg = _saved(figure, **_SVG).decode()
     head, body = re.fullmatch(r".*?<svg([^>]*)>(.*)", svg, re.DOTALL).groups()  # type: ignore[union-attr]
     head = re.sub(r' (width|height)="[^"]*"', "", head)
     # Every figure calls its parts axes_1, line2d_3 and so on, and a page may have each id once.
@@ -67,31 +62,32 @@ def to_svg(figure: Figure, name: str) -> str:
 
 def save(figure: Figure, folder: Path, name: str) -> None:
     """Write NAME.png and NAME.svg."""
+    write_atomically(folder / f"{name}.png", _saved(figure, format="png", dpi=150))
+    write_atomically(folder / f"{name}.svg", _saved(figure, **_SVG))
+
+
+def _saved(figure: Figure, **options: Any) -> bytes:
+    stream = io.BytesIO()
     with matplotlib.rc_context(_STYLES):
-        for kind, options in (("png", {"dpi": 150}), ("svg", {"metadata": {"Date": None, "Creator": None}})):
-            stream = io.BytesIO()
-            figure.savefig(stream, format=kind, **options)
-            write_atomically(folder / f"{name}.{kind}", stream.getvalue())
+        figure.savefig(stream, **options)
+    return stream.getvalue()
 
 
 def post_pruning(rows: Sequence[Row]) -> Figure | None:
     """Figure 1: Source and Target of a trained LoRA against the density that pruning leaves."""
-    pruned = {row.run.setting("density"): row for row in rows if row.run.method == "post_prune"}
-    lora = [row for row in rows if row.run.method == "lora"]
-    if not any(row.results for row in pruned.values()):
+    by_density = {row.run.setting("density"): row for row in rows if row.run.method == "post_prune"}
+    if not any(row.results for row in by_density.values()):
         return None
-    figure, (source, target) = _panels(2, (9, 3.8))
-    for axes, score in ((source, "source"), (target, "target")):
-        by_density = dict(pruned)
-        if lora:
-            by_density[1.0] = lora[0]
-        _line(axes, _points(by_density, score), "pruned LoRA (100 %: LoRA)", *_STYLE["lora"])
+    by_density |= {row.run.setting("density") or 1.0: row for row in rows if row.run.method == "lora"}
+    figure, panels = _panels(2, (9, 3.8))
+    for axes, score in zip(panels, ("source", "target"), strict=True):
+        _line(axes, by_density, score, "pruned LoRA (100 %: LoRA)", _LOOKS["lora"])
         _reference(axes, rows, score)
         axes.set_xscale("log")
-        _ticks(axes, sorted(by_density), [f"{100 * value:g} %" for value in sorted(by_density)])
+        _ticks(axes, by_density, "{:g} %", 100)
         axes.set_xlabel("density of lora_A and lora_B after pruning")
-        axes.set_ylabel("Source (kept)" if score == "source" else f"{TASKS[rows[0].task].label} (learned)")
-    _legend_below(figure, source)
+        axes.set_ylabel(_score_label(rows, score))
+    _legend_below(figure, panels[0])
     return figure
 
 
@@ -100,16 +96,16 @@ def epochs(rows: Sequence[Row]) -> Figure | None:
     trained = [row for row in rows if row.run.seed is not None]
     if not any(row.results for row in trained):
         return None
-    figure, (target, source) = _panels(2, (9, 3.8))
-    for axes, score in ((target, "target"), (source, "source")):
+    figure, panels = _panels(2, (9, 3.8))
+    for axes, score in zip(panels, ("target", "source"), strict=True):
         for method in dict.fromkeys(row.run.method for row in trained):
             by_epochs = {row.run.setting("num_train_epochs"): row for row in trained if row.run.method == method}
-            _line(axes, _points(by_epochs, score), METHODS[method].label, *_STYLE[method])
+            _line(axes, by_epochs, score, METHODS[method].label, _LOOKS[method])
         _reference(axes, rows, score)
         axes.set_xlabel("epochs")
-        axes.set_ylabel(f"{TASKS[rows[0].task].label} (learned)" if score == "target" else "Source (kept)")
-        _ticks(axes, sorted({row.run.setting("num_train_epochs") for row in trained}))
-    _legend_below(figure, target)
+        axes.set_ylabel(_score_label(rows, score))
+        _ticks(axes, {row.run.setting("num_train_epochs") for row in trained})
+    _legend_below(figure, panels[0])
     return figure
 
 
@@ -119,19 +115,19 @@ def hyper_parameters(rows: Sequence[Row]) -> Figure | None:
     sculpt = [row for row in rows if row.run.method == "sculpt"]
     if not any(row.results for row in sculpt):
         return None
-    usual = {name: _most_frequent([row.run.setting(name) for row in sculpt]) for name in names}
+    usual = {name: mode(row.run.setting(name) for row in sculpt) for name in names}
     figure, panels = _panels(3, (11, 3.8))
     lora = next((row for row in rows if row.run.method == "lora"), None)
     for axes, (name, label) in zip(panels, names.items(), strict=True):
         others = [other for other in names if other != name]
         varied = {row.run.setting(name): row for row in sculpt if all(row.run.setting(o) == usual[o] for o in others)}
-        for score, title, colour, marker in (("source", "Source", _SOURCE, "o"), ("target", "Target", _TARGET, "s")):
-            _line(axes, _points(varied, score), title, colour, marker)
+        for score, look in _SCORES.items():
+            _line(axes, varied, score, score.title(), look)
             if lora is not None and (value := lora.mean(score)) is not None:
-                axes.axhline(value[0], color=colour, linestyle="--", linewidth=1, alpha=0.7, label=f"{title}, LoRA")
+                style = {"color": look["color"], "linestyle": "--", "linewidth": 1, "alpha": 0.7}
+                axes.axhline(value[0], label=f"{score.title()}, LoRA", **style)
         axes.set_xscale("log")
-        shown = [f"{100 * value:g} %" if name == "sculpt_density" else f"{value:g}" for value in sorted(varied)]
-        _ticks(axes, sorted(varied), shown)
+        _ticks(axes, varied, *(("{:g} %", 100) if name == "sculpt_density" else ()))
         axes.set_xlabel(label)
     panels[0].set_ylabel(f"score ({TASKS[rows[0].task].label})")
     _legend_below(figure, panels[0])
@@ -153,20 +149,13 @@ def layer_densities(rows: Sequence[Row]) -> Figure | None:
                 values = [densities["modules"][name][2] for densities in found]
                 by_kind.setdefault(match[2], {})[int(match[1])] = 100 * fmean(values)
         for index, (kind, layers) in enumerate(by_kind.items()):
-            axes.plot(
-                list(layers),
-                list(layers.values()),
-                marker=MARKERS[index % len(MARKERS)],
-                color=COLOURS[index % len(COLOURS)],
-                markersize=5,
-                linewidth=1.2,
-                label=kind,
-            )
+            look = {"marker": MARKERS[index % len(MARKERS)], "color": COLOURS[index % len(COLOURS)]}
+            axes.plot(list(layers), list(layers.values()), markersize=5, linewidth=1.2, label=kind, **look)
         bound = 100 * fmean(densities["total"][3] for densities in found)
         axes.axhline(bound, color=_GREY, linestyle="--", linewidth=1.2, label=f"Theorem 3.1: {bound:.1f} %")
         axes.set_title(f"{TASKS[row.task].label}, rank {row.run.setting('lora_r')}")
         axes.set_xlabel("layer of the LLM")
-        _ticks(axes, sorted({layer for layers in by_kind.values() for layer in layers}), most=16)
+        _ticks(axes, {layer for layers in by_kind.values() for layer in layers}, most=16)
         axes.set_ylim(bottom=0)
     panels[0].set_ylabel("non-zero entries of BA (%)")
     _legend_below(figure, panels[0])
@@ -175,41 +164,29 @@ def layer_densities(rows: Sequence[Row]) -> Figure | None:
 
 def frontier(rows: Sequence[Row]) -> Figure | None:
     """Source against Target of the methods of Table 1; a line joins the ranks, a larger marker is a higher rank."""
-    tasks = [t for t in dict.fromkeys(row.task for row in rows) if any(row.task == t and row.results for row in rows)]
+    tasks = list(dict.fromkeys(row.task for row in rows if row.results))
     if not tasks:
         return None
     figure, panels = _panels(len(tasks), (4.9 * len(tasks), 4.9))
     for axes, task in zip(panels, tasks, strict=True):
-        here = [row for row in rows if row.task == task and row.results]
+        here = {
+            method: [r for r in rows if r.task == task and r.results and r.run.method == method] for method in METHODS
+        }
         crosses = []
-        for method in _STYLE:
-            ranked = sorted((r for r in here if r.run.method == method), key=lambda row: row.run.setting("lora_r"))
-            colour, marker = _STYLE[method]
+        for method, look in _LOOKS.items():
             centres = []
-            for row in ranked:
+            for index, row in enumerate(sorted(here[method], key=lambda row: row.run.setting("lora_r"))):
                 (x, x_half), (y, y_half) = row.mean("target") or (0, None), row.mean("source") or (0, None)
                 centres.append((x, y))
-                crosses.append((x, y, x_half, y_half, colour))
-                size = 6 + 2 * ranked.index(row)
-                axes.plot(
-                    x,
-                    y,
-                    marker=marker,
-                    color=colour,
-                    markersize=size,
-                    markeredgecolor="white",
-                    linestyle="none",
-                    zorder=3,
-                )
+                crosses.append((x, y, x_half, y_half, look["color"]))
+                style: dict[str, Any] = {"markersize": 6 + 2 * index, "markeredgecolor": "white", "linestyle": "none"}
+                axes.plot(x, y, zorder=3, **style, **look)
             if centres:
-                axes.plot(*zip(*centres, strict=True), color=colour, linewidth=1, zorder=2)
-                axes.plot([], [], color=colour, marker=marker, linewidth=1, label=METHODS[method].label)
-        for row in here:
-            if row.run.method == ZERO_SHOT:
-                (x, _), (y, _) = row.mean("target") or (0, None), row.mean("source") or (0, None)
-                axes.plot(
-                    x, y, marker="*", color="black", markersize=11, linestyle="none", label=METHODS[ZERO_SHOT].label
-                )
+                axes.plot(*zip(*centres, strict=True), color=look["color"], linewidth=1, zorder=2)
+                axes.plot([], [], linewidth=1, label=METHODS[method].label, **look)
+        for row in here[ZERO_SHOT]:
+            (x, _), (y, _) = row.mean("target") or (0, None), row.mean("source") or (0, None)
+            axes.plot(x, y, "*", color="black", markersize=11, label=METHODS[ZERO_SHOT].label)
         limits = axes.axis()  # of the points: intervals of two seeds would squeeze them into a corner
         for x, y, x_half, y_half, colour in crosses:
             axes.errorbar(x, y, xerr=x_half, yerr=y_half, color=colour, linewidth=0.7, alpha=0.35, zorder=1)
@@ -226,25 +203,18 @@ def training_curves(rows: Sequence[Row]) -> Figure | None:
     shown = [r for r in rows if r.run.method in ("lora", "sculpt") and any("curve" in x for x in r.results.values())]
     if not shown:
         return None
-    tasks = list(dict.fromkeys(row.task for row in shown))
     figure, panels = _panels(2, (9, 3.8))
-    for axes, quantity, label in (
-        (panels[0], "task_loss", "task loss"),
-        (panels[1], "cmr_llm", "CMR of the LLM (mean over matrices)"),
-    ):
+    titles = {"task_loss": "task loss", "cmr_llm": "CMR of the LLM (mean over matrices)"}
+    for axes, (quantity, title) in zip(panels, titles.items(), strict=True):
         for row in shown:
-            colour, _ = _STYLE[row.run.method]
-            dashed = "-" if row.task == tasks[0] else "--"
-            name = f"{METHODS[row.run.method].label}, {TASKS[row.task].label}"
-            for number, result in enumerate(row.results.values()):
-                curve: dict[str, Any] = result.get("curve", {})
-                if quantity in curve:
-                    label_once = name if number == 0 else None
-                    axes.plot(
-                        curve["step"], curve[quantity], color=colour, linestyle=dashed, linewidth=1, label=label_once
-                    )
+            style = {"color": _LOOKS[row.run.method]["color"], "linestyle": "-" if row.task == shown[0].task else "--"}
+            label: str | None = f"{METHODS[row.run.method].label}, {TASKS[row.task].label}"
+            curves = [result.get("curve", {}) for result in row.results.values()]
+            for curve in (curve for curve in curves if quantity in curve):
+                axes.plot(curve["step"], curve[quantity], linewidth=1, label=label, **style)
+                label = None  # named once
         axes.set_xlabel("optimizer step")
-        axes.set_ylabel(label)
+        axes.set_ylabel(title)
         axes.set_yscale("log")
         if axes.has_data():
             axes.legend(loc="best")
@@ -258,29 +228,26 @@ def _panels(number: int, size: tuple[float, float], *, sharey: bool = False) -> 
     return figure, list(axes[0])
 
 
+def _score_label(rows: Sequence[Row], score: str) -> str:
+    return "Source (kept)" if score == "source" else f"{TASKS[rows[0].task].label} (learned)"
+
+
 def _legend_below(figure: Figure, axes: Axes) -> None:
     """One legend for all panels, where no line or interval can cross it."""
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4)
 
 
-def _points(rows: dict[Any, Row], score: str) -> Points:
-    found = []
-    for x, row in sorted(rows.items()):
-        values = list(row.values(score).values())
-        if values:
-            mean, half = mean_and_interval(values)
-            found.append((float(x), mean, half or 0.0))
-    return found
-
-
-def _line(axes: Axes, points: Points, label: str, colour: str, marker: str) -> None:
+def _line(axes: Axes, rows: dict[Any, Row], score: str, label: str, look: dict[str, Any]) -> None:
+    """The means of a score against what the rows are keyed by, with their intervals."""
+    points = [(float(x), *value) for x, row in sorted(rows.items()) if (value := row.mean(score)) is not None]
     if not points:
         return
     x, mean, half = (list(column) for column in zip(*points, strict=True))
-    axes.plot(x, mean, marker=marker, color=colour, markersize=6, markeredgecolor="white", label=label)
+    axes.plot(x, mean, markersize=6, markeredgecolor="white", label=label, **look)
     # A bar at each point, not a band: a neighbour of a single seed has no interval to shade towards.
-    axes.errorbar(x, mean, yerr=half, fmt="none", ecolor=colour, elinewidth=1.5, alpha=0.5, zorder=1)
+    bars = [value or 0.0 for value in half]
+    axes.errorbar(x, mean, yerr=bars, fmt="none", ecolor=look["color"], elinewidth=1.5, alpha=0.5, zorder=1)
 
 
 def _reference(axes: Axes, rows: Sequence[Row], score: str) -> None:
@@ -291,19 +258,12 @@ def _reference(axes: Axes, rows: Sequence[Row], score: str) -> None:
         axes.axhline(value[0], color=_GREY, linestyle=":", linewidth=1.2, label=METHODS[ZERO_SHOT].label)
 
 
-def _ticks(axes: Axes, values: Sequence[float], labels: Sequence[str] | None = None, most: int = 10) -> None:
+def _ticks(axes: Axes, values: Iterable[float], form: str = "{:g}", unit: float = 1, most: int = 10) -> None:
     """Ticks at the values, in rising order, as far as their labels have room."""
-    named = list(zip(values, labels or [f"{value:g}" for value in values], strict=True))
-    if axes.get_xscale() == "log":
-        kept = named[:1]
-        for value, label in named[1:]:
-            if value > 1.8 * kept[-1][0]:
-                kept.append((value, label))
-        named = kept
-    named = named[:: -(-len(named) // most)]
-    axes.set_xticks([value for value, _ in named], [label for _, label in named])
+    kept: list[float] = []
+    for value in sorted(values):
+        if not kept or axes.get_xscale() != "log" or value > 1.8 * kept[-1]:
+            kept.append(value)
+    kept = kept[:: -(-len(kept) // most)]
+    axes.set_xticks(kept, [form.format(unit * value) for value in kept])
     axes.minorticks_off()
-
-
-def _most_frequent(values: Sequence[Any]) -> Any:
-    return max(values, key=list(values).count)

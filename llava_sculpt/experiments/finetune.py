@@ -64,8 +64,6 @@ def finetune(
     Raises:
         UserError: the scale asked for cannot run here, or any bad input.
     """
-    if not Path("configs").is_dir():
-        raise UserError("run this from the repository's folder (configs/ is not here)")
     missing = missing_for_paper(task) if scale != "tiny" else []
     if scale == "paper" and missing:
         raise UserError(["--scale paper cannot run here; missing:", *(f"  {item}" for item in missing)])
@@ -99,7 +97,7 @@ def launch_training(task: str, scale: str, config: Path, folder: Path, flags: li
     """Train in `folder`: in this process at scale tiny, by `deepspeed` over all visible GPUs at scale paper.
 
     Args:
-        flags: what training is told beside its YAML, the data and the folder; they win.
+        flags: further flags of training; they win over the YAML, the data and the folder.
 
     Returns:
         The exit code of training.
@@ -108,10 +106,10 @@ def launch_training(task: str, scale: str, config: Path, folder: Path, flags: li
         UserError: a number of GPUs that the global batch cannot be split over.
     """
     data_path, image_folder = training_data(task, scale)
-    told = ["--config", str(config), "--output_dir", str(folder)]
-    told += ["--data_path", str(data_path), "--image_folder", str(image_folder)]
+    ours = ["--config", str(config), "--output_dir", str(folder)]
+    ours += ["--data_path", str(data_path), "--image_folder", str(image_folder)]
     if scale == "tiny":
-        return train_main([*told, *flags])
+        return train_main([*ours, *flags])
     gpus = torch.cuda.device_count()
     # Global batch 16 on any number of GPUs: 4 x 4 x 1, 2 x 4 x 2, 1 x 4 x 4; with more than 4 fewer per GPU.
     per_device = min(PER_DEVICE_BATCH, GLOBAL_BATCH // gpus) if GLOBAL_BATCH % gpus == 0 else 0
@@ -120,10 +118,10 @@ def launch_training(task: str, scale: str, config: Path, folder: Path, flags: li
             f"{gpus} GPUs do not divide the global batch of {GLOBAL_BATCH}: "
             "let CUDA_VISIBLE_DEVICES name 1, 2, 4, 8 or 16"
         )
-    told += ["--per_device_train_batch_size", str(per_device)]
-    told += ["--gradient_accumulation_steps", str(GLOBAL_BATCH // (gpus * per_device))]
+    ours += ["--per_device_train_batch_size", str(per_device)]
+    ours += ["--gradient_accumulation_steps", str(GLOBAL_BATCH // (gpus * per_device))]
     entry = Path(__file__).parents[1] / "train" / "train.py"
-    command = ["deepspeed", "--num_gpus", str(gpus), str(entry), *told, *flags]
+    command = ["deepspeed", "--num_gpus", str(gpus), str(entry), *ours, *flags]
     print("+", " ".join(command), flush=True)
     return subprocess.run(command, check=False).returncode
 

@@ -48,7 +48,7 @@ class Run:
     """One result to have: a method trained (or LoRA trained and edited) on a task with one seed, scored on a split.
 
     Args:
-        settings: everything training is told, seed apart; () for zero-shot.
+        settings: all fields of the training configuration but the seed; () for zero-shot.
         edit: fields of the edit; () for a run that is only trained.
         seed: None for zero-shot.
     """
@@ -123,11 +123,11 @@ class Run:
         return config_file(self.scale, self.task, self.trained_method)
 
     def train_flags(self) -> list[str]:
-        """What training is told beside its YAML."""
-        told = read_mapping(self.config_file)
+        """The flags of training that change its YAML into this run's settings."""
+        of_yaml = read_mapping(self.config_file)
         flags = ["--method", self.trained_method, "--seed", str(self.seed)]
         for key, value in self.settings:
-            if told.get(key) != value:
+            if of_yaml.get(key) != value:
                 flags += [f"--{key}", str(value)]
         return flags
 
@@ -162,8 +162,9 @@ def read_grid(name_or_file: str, scale: str, split: str | None = None, seeds: in
     if split not in SPLITS:
         problems.append(f"{file}: split: {split!r} is neither val nor test")
     first = content.get("seed", 1)
-    if not _is_whole(first):
+    if type(first) is not int:
         problems.append(f"{file}: seed: {first!r} is not a whole number")
+        first = 1
     entries = content.get(scale) or []
     if not isinstance(entries, list):
         problems.append(f"{file}: {scale}: must be a list of entries")
@@ -173,7 +174,7 @@ def read_grid(name_or_file: str, scale: str, split: str | None = None, seeds: in
         where = f"{file}: {scale}, entry {number}"
         for chosen in _combinations(where, entry, problems):
             for run in _runs_of(where, scale, str(split), chosen, problems):
-                for seed in [None] if run.seed is None else range(first, first + seeds) if _is_whole(first) else []:
+                for seed in [None] if run.seed is None else range(first, first + seeds):
                     found = replace(run, seed=seed)
                     runs.setdefault(found.name, found)
     if scale in content and not entries:
@@ -224,7 +225,7 @@ def _runs_of(where: str, scale: str, split: str, chosen: dict[str, Any], problem
     missing = [key for key in edited if key not in edit]
     if missing:
         problems.append(f"{where}: {method}: needs {', '.join(missing)}, here or in {VALUES / scale}.yaml")
-    return [replace(run, settings=_sorted(training), edit=_sorted(edit))]
+    return [replace(run, settings=tuple(sorted(training.items())), edit=tuple(sorted(edit.items())))]
 
 
 def method_values(scale: str, task: str) -> dict[str, dict[str, Any]]:
@@ -310,11 +311,3 @@ def _plain(value: Any) -> Any:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _sorted(values: dict[str, Any]) -> Settings:
-    return tuple(sorted(values.items()))

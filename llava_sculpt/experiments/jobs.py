@@ -1,4 +1,4 @@
-"""Which jobs bring about the results that are missing, in which order, and how long they will take.
+"""The jobs that produce missing results, in order, with estimated times.
 
 A job makes one adapter (by training, or by editing a trained one) and scores it. An adapter that several runs need is
 made once: LoRA's feeds DARE, Model Tailor and post-pruning. A result that is there is not made again.
@@ -7,6 +7,7 @@ made once: LoRA's feeds DARE, Model Tailor and post-pruning. A result that is th
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,7 @@ def make_plan(runs: Iterable[Run], results: Mapping[str, dict[str, Any]]) -> lis
     jobs first, so that several at a time end together.
 
     Args:
-        results: those there are, by run name.
+        results: existing ones, by run name.
     """
     scores: dict[str, list[Run]] = {}
     makers: dict[str, Run] = {}
@@ -96,16 +97,15 @@ def make_plan(runs: Iterable[Run], results: Mapping[str, dict[str, Any]]) -> lis
 
 
 class Estimate:
-    """How long a run takes, from earlier results of the same method where there are any."""
+    """How long a run takes, from earlier results of its scale, of the same method where there are any."""
 
     def __init__(self, results: Mapping[str, dict[str, Any]]) -> None:
-        self._measured: dict[tuple[str, ...], list[float]] = {}
+        self._measured: dict[tuple[str, ...], list[float]] = defaultdict(list)
         for content in results.values():
-            run, seconds = content["run"], content["record"].get("seconds", {})
-            for part, value in seconds.items():
-                per_unit = value / _epochs(run.get("settings", {})) if part == "train" else value
-                for key in _keys(run["scale"], part, run["task"], run["method"]):
-                    self._measured.setdefault(key, []).append(per_unit)
+            run = content["run"]
+            for part, value in content["record"].get("seconds", {}).items():
+                for key in _keys(part, run["task"], run["method"]):
+                    self._measured[key].append(value / _units(part, run.get("settings", {})))
 
     def seconds(self, run: Run, scores: int) -> float:
         """For making the adapter, if it is not there, and scoring it so many times."""
@@ -115,16 +115,15 @@ class Estimate:
         return making + scores * self._part(run, "evaluate")
 
     def _part(self, run: Run, part: str) -> float:
-        keys = _keys(run.scale, part, run.task, run.method)
-        known = next((self._measured[key] for key in keys if key in self._measured), None)
-        value = median(known) if known else _ASSUMED[run.scale][part]
-        return value * _epochs(dict(run.settings)) if part == "train" else value
+        known = next((self._measured[key] for key in _keys(part, run.task, run.method) if key in self._measured), None)
+        return (median(known) if known else _ASSUMED[run.scale][part]) * _units(part, dict(run.settings))
 
 
-def _keys(scale: str, part: str, task: str, method: str) -> list[tuple[str, ...]]:
+def _keys(part: str, task: str, method: str) -> list[tuple[str, ...]]:
     """From the closest to the widest."""
-    return [(scale, part, task, method), (scale, part, method), (scale, part)]
+    return [(part, task, method), (part, method), (part,)]
 
 
-def _epochs(settings: Mapping[str, Any]) -> float:
-    return float(settings.get("num_train_epochs", 3))
+def _units(part: str, settings: Mapping[str, Any]) -> float:
+    """Epochs of a training; one edit, one evaluation."""
+    return float(settings.get("num_train_epochs", 3)) if part == "train" else 1.0

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from llava_sculpt.experiments import figures
 from llava_sculpt.experiments.claims import APPEARS, CONTRARY, MISSING, NOT_SHOWN, TARGET_MARGIN, Claim
+from llava_sculpt.experiments.summary import Choice
 from llava_sculpt.experiments.tables import COLUMN_NAMES, Table
 from llava_sculpt.names import TASKS
 
@@ -57,21 +58,8 @@ class ReportFigure:
 
 
 @dataclass
-class Choice:
-    """What a search on validation chose for a method on a task."""
-
-    task: str
-    setting: str
-    settings: int
-    source: float
-    target: float
-    score: float
-    next_score: float | None
-
-
-@dataclass
 class Missing:
-    """What a grid lacks: of how many runs how many, the settings without any, and the command that brings them."""
+    """The missing runs of a grid: counts, the settings without any run, and the command that does them."""
 
     grid: str
     there: int

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -15,9 +14,9 @@ from llava_sculpt.errors import UserError
 from llava_sculpt.experiments import figures
 from llava_sculpt.experiments.claims import judge
 from llava_sculpt.experiments.grid import GRIDS, Grid, method_values, read_grid, read_mapping
-from llava_sculpt.experiments.pages import PAGES, Choice, Missing, Report, ReportFigure, render
+from llava_sculpt.experiments.pages import PAGES, Missing, Report, ReportFigure, render
 from llava_sculpt.experiments.results import read_results, results_folder
-from llava_sculpt.experiments.summary import Row, choose, labels_of, rows_of
+from llava_sculpt.experiments.summary import Choice, Row, choices_of, labels_of, rows_of
 from llava_sculpt.experiments.tables import make_table, overview
 from llava_sculpt.names import TARGETS, TASKS
 from llava_sculpt.records import write_atomically
@@ -33,8 +32,6 @@ def report(scale: str, out: Path) -> int:
     Raises:
         UserError: no results of that scale, or damaged ones.
     """
-    if not Path("configs").is_dir():
-        raise UserError("run this from the repository's folder (configs/ is not here)")
     found = gather(scale, read_results(scale))
     out.mkdir(parents=True, exist_ok=True)
     for figure in found.figures:
@@ -86,25 +83,24 @@ def gather(scale: str, results: Mapping[str, dict[str, Any]]) -> Report:
 
 def _of_one_origin(results: Mapping[str, dict[str, Any]]) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """The results that share base model and data with most; numbers of different origin never stand side by side."""
-    bases = Counter(content["base"] for content in results.values())
-    data: dict[tuple[str, str], Counter[str]] = {}
+    counts: dict[Any, Counter[str]] = defaultdict(Counter)
     for content in results.values():
-        for task, fingerprint in content["data"].items():
-            data.setdefault((_data_key(content, task), task), Counter())[fingerprint] += 1
+        for part, fingerprint in _origin(content).items():
+            counts[part][fingerprint] += 1
+    usual = {part: counter.most_common(1)[0][0] for part, counter in counts.items()}
     kept = {
         name: content
         for name, content in results.items()
-        if content["base"] == bases.most_common(1)[0][0]
-        and all(f == data[_data_key(content, task), task].most_common(1)[0][0] for task, f in content["data"].items())
+        if all(usual[part] == fingerprint for part, fingerprint in _origin(content).items())
     }
-    left_out = len(results) - len(kept)
-    return kept, [
-        f"{left_out} results come from another base model or other data and are left out."
-    ] if left_out else []
+    note = f"{len(results) - len(kept)} results come from another base model or other data and are left out."
+    return kept, [note] if len(kept) < len(results) else []
 
 
-def _data_key(content: dict[str, Any], task: str) -> str:
-    return content["run"]["task"] if task == "train" else content["run"]["split"]
+def _origin(content: dict[str, Any]) -> dict[Any, str]:
+    """Fingerprints of base model and data, each under what it may be compared with."""
+    run, data = content["run"], content["data"]
+    return {None: content["base"], **{(run["task" if name == "train" else "split"], name): data[name] for name in data}}
 
 
 def _figures(rows: Mapping[str, Sequence[Row]]) -> list[ReportFigure]:
@@ -151,20 +147,13 @@ def _figures(rows: Mapping[str, Sequence[Row]]) -> list[ReportFigure]:
 
 
 def _choices(scale: str, results: Mapping[str, dict[str, Any]]) -> list[Choice]:
-    found = []
+    found: list[Choice] = []
     for name in SEARCHES:
         if scale not in read_mapping(GRIDS / f"{name}.yaml"):
             continue
         seeds = {content["run"]["seed"] for content in results.values() if content["run"]["split"] == "val"} - {None}
         grid = read_grid(name, scale, seeds=max(1, len(seeds)))
-        rows = rows_of(grid.runs, results)
-        labels = {id(row): label for row, label in zip(rows, labels_of(rows), strict=True)}
-        for (task, _), ranked in choose(rows).items():
-            if len(ranked) > 1:
-                best, score = ranked[0]
-                source, target = (fmean(best.values(name).values()) for name in ("source", "target"))
-                label = TASKS[task].label
-                found.append(Choice(label, labels[id(best)], len(ranked), source, target, score, ranked[1][1]))
+        found += choices_of(rows_of(grid.runs, results))
     return found
 
 

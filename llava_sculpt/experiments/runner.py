@@ -10,6 +10,7 @@ import itertools
 import json
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import shutil
 import signal
@@ -25,8 +26,8 @@ from llava_sculpt.errors import UserError
 from llava_sculpt.experiments.grid import Grid, Run, read_grid
 from llava_sculpt.experiments.jobs import Job, adapter_folder, adapter_root, make_plan
 from llava_sculpt.experiments.results import read_results, result_file
-from llava_sculpt.experiments.summary import format_choice, format_rows, rows_of
-from llava_sculpt.experiments.worker import PRELOAD, check, do_job, log_file
+from llava_sculpt.experiments.summary import choices_of, format_choices, format_rows, rows_of
+from llava_sculpt.experiments.worker import PRELOAD, check_inputs, do_job, log_file
 from llava_sculpt.records import write_json
 
 _REFRESH_S = 1.0
@@ -62,8 +63,6 @@ def experiment(
     Raises:
         UserError: everything that is wrong with grids, configurations or data, before the first run.
     """
-    if not Path("configs").is_dir():
-        raise UserError("run this from the repository's folder (configs/ is not here)")
     problems = [
         f"--{name}: must be at least 1" for name, n in (("seeds", seeds), ("jobs", jobs)) if n is not None and n < 1
     ]
@@ -90,7 +89,8 @@ def experiment(
     context = multiprocessing.get_context("forkserver")
     # With a GPU nothing is imported ahead: imports already ask CUDA for its devices, and no fork may use it after that.
     context.set_forkserver_preload([] if torch.cuda.is_available() else PRELOAD)
-    origin = _check_inputs(context, list(runs.values()))
+    multiprocessing.forkserver.ensure_running()  # it imports while the inputs are checked
+    origin = check_inputs(list(runs.values()))
     if redo:
         _forget(runs.values())
         results = read_results(scale)
@@ -108,7 +108,7 @@ def _show(grids: list[Grid], results: dict[str, dict[str, Any]]) -> None:
         rows = rows_of(grid.runs, results)
         print(f"\n{grid.name}: {grid.title}\n{format_rows(rows)}")
         if grid.runs[0].split == "val":
-            print(format_choice(rows))
+            print(format_choices(choices_of(rows)))
 
 
 def _describe(runs: list[Run], plan: list[Job], at_a_time: int) -> str:
@@ -125,22 +125,6 @@ def _describe(runs: list[Run], plan: list[Job], at_a_time: int) -> str:
         f"{sum(len(job.scores) for job in plan)} evaluations; about {_duration(total)}, {at_a_time} at a time"
     )
     return "\n".join(lines)
-
-
-def _check_inputs(context: ForkServerContext, runs: list[Run]) -> dict[str, Any]:
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=check, args=(runs, theirs))
-    process.start()
-    theirs.close()
-    try:
-        answer = ours.recv()
-    except EOFError as error:
-        raise RuntimeError("the check of the inputs ended without an answer") from error
-    finally:
-        process.join()
-    if isinstance(answer, list):
-        raise UserError(answer)
-    return answer
 
 
 def _forget(runs: Any) -> None:
@@ -184,7 +168,7 @@ def _keep_adapters_of(origin: dict[str, Any], scale: str) -> None:
 
 
 class _Runner:
-    """Keeps `at_a_time` processes busy with the jobs of a plan, and tells how far it is."""
+    """Keeps `at_a_time` processes busy with the jobs of a plan, and reports progress."""
 
     def __init__(self, context: ForkServerContext, plan: list[Job], at_a_time: int) -> None:
         self._context = context
@@ -207,10 +191,10 @@ class _Runner:
                     self._finish(process)
                 self._show_status()
         except BaseException:
-            self._clear_status()
+            self._rewrite_line("")
             self._end_jobs()
             raise
-        self._clear_status()
+        self._rewrite_line("")
         print(
             f"{self._done - len(self._failed)} jobs done in {_duration(time.monotonic() - self._started)}", flush=True
         )
@@ -271,20 +255,19 @@ class _Runner:
         return max(longest, (sum(running) + sum(waiting)) / self._at_a_time)
 
     def _say(self, message: str) -> None:
-        self._clear_status()
+        self._rewrite_line("")
         left = f", about {_duration(self._seconds_left())} left" if self._waiting or self._running else ""
         print(f"[{self._done}/{self._total}{left}] {message}", flush=True)
 
     def _show_status(self) -> None:
-        if sys.stderr.isatty():
-            names = ", ".join(job.label for job, _ in self._running.values())
-            line = f"[{self._done}/{self._total}, about {_duration(self._seconds_left())} left] {names}"
-            width = shutil.get_terminal_size().columns - 1
-            print(f"\r{line[:width]:<{width}}", end="", file=sys.stderr, flush=True)
+        names = ", ".join(job.label for job, _ in self._running.values())
+        self._rewrite_line(f"[{self._done}/{self._total}, about {_duration(self._seconds_left())} left] {names}")
 
-    def _clear_status(self) -> None:
+    def _rewrite_line(self, line: str) -> None:
+        """Put this in place of the status line of a terminal; "" takes it away."""
         if sys.stderr.isatty():
-            print(f"\r{' ' * (shutil.get_terminal_size().columns - 1)}\r", end="", file=sys.stderr, flush=True)
+            width = shutil.get_terminal_size().columns - 1
+            print(f"\r{line[:width]:<{width}}" + "\r" * (not line), end="", file=sys.stderr, flush=True)
 
 
 def _last_line(log: Path) -> str:

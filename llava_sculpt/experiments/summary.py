@@ -18,7 +18,7 @@ _BY_TASK = ("data_path", "image_folder", "output_dir")
 
 @dataclass
 class Row:
-    """A setting (`run`, of any of its seeds) on a task, and what is there of it, by seed."""
+    """A setting (`run`, of any of its seeds) on a task, and its results, by seed."""
 
     run: Run
     task: str
@@ -66,12 +66,12 @@ def labels_of(rows: Iterable[Row]) -> list[str]:
         keys = dict.fromkeys(key for settings in same for key in settings if key not in _BY_TASK)
         differing[row.run.method] = [key for key in keys if len({str(settings.get(key)) for settings in same}) > 1]
     return [
-        " ".join([METHODS[row.run.method].label, *(_told(row.run, key) for key in differing[row.run.method])])
+        " ".join([METHODS[row.run.method].label, *(_setting(row.run, key) for key in differing[row.run.method])])
         for row in rows
     ]
 
 
-def _told(run: Run, key: str) -> str:
+def _setting(run: Run, key: str) -> str:
     value = run.setting(key)
     return f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
 
@@ -127,14 +127,35 @@ def _cell(value: tuple[float, float | None] | None) -> str:
     return f"{mean:6.2f}" + (" " * 8 if half is None else f" ± {half:<5.2f}")
 
 
-def format_choice(rows: list[Row]) -> str:
-    """What `choose` chooses, with the settings that differ and the runners-up's distance; "" if there is nothing."""
+@dataclass
+class Choice:
+    """What a search on validation chose for a method on a task: its setting, means over seeds and relative scores."""
+
+    task: str
+    setting: str
+    settings: int
+    source: float
+    target: float
+    score: float
+    next_score: float
+
+
+def choices_of(rows: list[Row]) -> list[Choice]:
+    """What `choose` chooses wherever there was a choice, with the settings that differ."""
     labels = {id(row): label for row, label in zip(rows, labels_of(rows), strict=True)}
-    lines = []
-    for (task, _), settings in choose(rows).items():
-        if len(settings) > 1:
-            (best, score), (_, second) = settings[:2]
-            lines.append(
-                f"{task}: {labels[id(best)]}  (relative score {score:.4f}, next {second:.4f}, {len(settings)} settings)"
-            )
+    found = []
+    for (task, _), ranked in choose(rows).items():
+        if len(ranked) > 1:
+            (best, score), (_, second) = ranked[:2]
+            source, target = (fmean(best.values(name).values()) for name in ("source", "target"))
+            found.append(Choice(task, labels[id(best)], len(ranked), source, target, score, second))
+    return found
+
+
+def format_choices(choices: list[Choice]) -> str:
+    """One line for each; "" if there is none."""
+    lines = [
+        f"{c.task}: {c.setting}  (relative score {c.score:.4f}, next {c.next_score:.4f}, {c.settings} settings)"
+        for c in choices
+    ]
     return "\n".join(["chosen by the rule of configs/grids/select.yaml:", *lines]) if lines else ""

@@ -16,6 +16,7 @@ from llava_sculpt.names import METHODS, SOURCES, TASKS, ZERO_SHOT
 PAPER_FILE = Path(__file__).with_name("paper_results.json")
 COLUMN_NAMES = {**{name: TASKS[name].label for name in SOURCES}, "source": "Source", "target": "Target", "avg": "Avg"}
 _ALL = (*SOURCES, *SCORES)
+_COLUMNS = {"table1": _ALL, "table2": _ALL, "table3": SCORES, "tableI": SCORES}
 _CONNECTORS = {"full": "FFT", "lora": "LoRA", "frozen": "Freeze", "sculpt": "Ours"}
 _PARTS = {(False, False): "LoRA (neither)", (False, True): "RKH", (True, False): "SRR", (True, True): "SRR + RKH"}
 
@@ -61,7 +62,7 @@ class Block:
 
 @dataclass
 class Table:
-    """A table with its columns; `name` as in the grid."""
+    """A table with its columns."""
 
     name: str
     title: str
@@ -88,74 +89,64 @@ def read_paper() -> dict[str, Any]:
     return json.loads(PAPER_FILE.read_text(encoding="utf-8"))
 
 
-def make_table(name: str, title: str, rows: list[Row]) -> list[Table]:
-    """The table or tables of a grid (one per Target in Table 1 and 3); [] for a figure's grid."""
-    maker = {"table1": _table1, "table2": _table2, "table3": _table3, "tableI": _table_i}.get(name)
-    return maker(title, rows, read_paper()) if maker else []
+def make_table(grid: str, title: str, rows: list[Row]) -> list[Table]:
+    """The tables of a grid, one per Target; [] for a figure's grid."""
+    paper, tables = read_paper(), []
+    for task in _tasks(rows) if grid in _COLUMNS else []:
+        here = [row for row in rows if row.task == task]
+        if grid == "table3":
+            here.sort(key=lambda row: (row.run.method != ZERO_SHOT, parts_of(row)))
+        blocks: dict[str, Block] = {}
+        for row in here:
+            heading, label, values = _described(grid, row, paper)
+            blocks.setdefault(heading, Block(heading)).lines.append(_line([row], _COLUMNS[grid], values, label))
+        named = f"Table {grid.removeprefix('table')}, {TASKS[task].label}: {title}"
+        tables.append(Table(f"{grid}_{task}", named, _COLUMNS[grid], list(blocks.values())))
+    return tables
+
+
+def _described(grid: str, row: Row, paper: dict[str, Any]) -> tuple[str, str, Mapping[str, Any]]:
+    """The heading of a row's block, the row's label, and the paper's values by column name."""
+    run, label = row.run, METHODS[row.run.method].label
+    if run.method == ZERO_SHOT:
+        return "", label, _of_paper(paper, row)
+    if grid == "table1":
+        return f"LoRA rank {run.setting('lora_r')}", label, _of_paper(paper, row)
+    if grid == "table2":
+        parts = "Ours" if run.method == "sculpt" else "LoRA", _CONNECTORS[run.setting("connector")]
+        modes = {(line["llm"], line["connector"]): line for line in paper["table_2_iconqa_rank_64"]}
+        return "LLM and connector, rank 64", " / ".join(parts), modes.get(parts, {})
+    if grid == "table3":
+        ablations = {(line["srr"], line["rkh"]): line for line in paper["table_3_rank_32"]}
+        values = ablations.get(parts_of(row), {}).get(TASKS[row.task].label, {})
+        return "rank 32", _PARTS[parts_of(row)], values
+    known, beta = paper["table_I_beta_iconqa_rank_64"], run.setting("sculpt_beta")
+    names = ("Source", "Target", "Avg") if beta in known["beta"] else ()
+    values = {name: known[name][known["beta"].index(beta)] for name in names}
+    return "connector: LoRA with its regularizer, rank 64", f"beta = {beta:g}", values
 
 
 def overview(rows: list[Row]) -> Table:
     """Table 1 in short: every method's means over its ranks, seed by seed, with the paper's mean over the same."""
-    known, blocks = read_paper()["table_1"], []
+    paper, blocks = read_paper(), []
     for task in _tasks(rows):
         label, here = TASKS[task].label, [row for row in rows if row.task == task]
         block = Block(label)
         for method in dict.fromkeys(row.run.method for row in here):
             ranked = [row for row in here if row.run.method == method]
-            values = [_of_paper(known, row) for row in ranked]
-            paper = {name: fmean(value[name] for value in values) for name in values[0]} if all(values) else {}
-            block.lines.append(_line(ranked, SCORES, paper))
+            values = [_of_paper(paper, row) for row in ranked]
+            means = {name: fmean(value[name] for value in values) for name in values[0]} if all(values) else {}
+            block.lines.append(_line(ranked, SCORES, means, METHODS[method].label))
         blocks.append(block)
     return Table("overview", "All methods: Table 1, means over the ranks", SCORES, blocks)
 
 
-def _table1(title: str, rows: list[Row], paper: dict[str, Any]) -> list[Table]:
-    tables = []
-    for task in _tasks(rows):
-        blocks: dict[int | None, Block] = {}
-        for row in (row for row in rows if row.task == task):
-            rank = row.run.setting("lora_r")
-            block = blocks.setdefault(rank, Block("" if rank is None else f"LoRA rank {rank}"))
-            block.lines.append(_line([row], _ALL, _of_paper(paper["table_1"], row)))
-        ordered = [blocks[rank] for rank in sorted(blocks, key=lambda rank: rank or 0)]
-        tables.append(Table(f"table1_{task}", f"Table 1, {TASKS[task].label}: {title}", _ALL, ordered))
-    return tables
-
-
-def _of_paper(table: dict[str, Any], row: Row) -> dict[str, float]:
+def _of_paper(paper: dict[str, Any], row: Row) -> dict[str, float]:
     """The paper's Table 1 for a row; {} where it has none."""
+    table, label = paper["table_1"], TASKS[row.task].label
     if row.run.method == ZERO_SHOT:
-        return table["zero_shot"][TASKS[row.task].label]
-    methods = table["ranks"].get(str(row.run.setting("lora_r")), {})
-    return methods.get(METHODS[row.run.method].label, {}).get(TASKS[row.task].label, {})
-
-
-def _table2(title: str, rows: list[Row], paper: dict[str, Any]) -> list[Table]:
-    known = {(line["llm"], line["connector"]): line for line in paper["table_2_iconqa_rank_64"]}
-    reference, block = Block(""), Block("LLM and connector, rank 64")
-    for row in rows:
-        if row.run.method == ZERO_SHOT:
-            reference.lines.append(_line([row], _ALL, known["Zero-shot", None]))
-            continue
-        llm, connector = "Ours" if row.run.method == "sculpt" else "LoRA", _CONNECTORS[row.run.setting("connector")]
-        block.lines.append(_line([row], _ALL, known.get((llm, connector), {}), f"{llm} / {connector}"))
-    return [Table("table2", f"Table 2, IconQA: {title}", _ALL, [reference, block])]
-
-
-def _table3(title: str, rows: list[Row], paper: dict[str, Any]) -> list[Table]:
-    known = {(line["srr"], line["rkh"]): line for line in paper["table_3_rank_32"]}
-    tables = []
-    for task in _tasks(rows):
-        label, reference, block = TASKS[task].label, Block(""), Block("rank 32")
-        for row in (row for row in rows if row.task == task):
-            if row.run.method == ZERO_SHOT:
-                reference.lines.append(_line([row], SCORES, known[None, None][label]))
-            else:
-                values = known.get(parts_of(row), {}).get(label, {})
-                block.lines.append(_line([row], SCORES, values, _PARTS[parts_of(row)]))
-        block.lines.sort(key=lambda line: list(_PARTS.values()).index(line.label))
-        tables.append(Table(f"table3_{task}", f"Table 3, {label}: {title}", SCORES, [reference, block]))
-    return tables
+        return table["zero_shot"][label]
+    return table["ranks"].get(str(row.run.setting("lora_r")), {}).get(METHODS[row.run.method].label, {}).get(label, {})
 
 
 def parts_of(row: Row) -> tuple[bool, bool]:
@@ -165,29 +156,18 @@ def parts_of(row: Row) -> tuple[bool, bool]:
     return row.run.setting("sculpt_density") < 1, row.run.setting("sculpt_alpha") > 0
 
 
-def _table_i(title: str, rows: list[Row], paper: dict[str, Any]) -> list[Table]:
-    known = paper["table_I_beta_iconqa_rank_64"]
-    block = Block("connector: LoRA with its regularizer, rank 64")
-    for row in rows:
-        beta = row.run.setting("sculpt_beta")
-        at = known["beta"].index(beta) if beta in known["beta"] else None
-        values = {} if at is None else {name: known[name][at] for name in ("Source", "Target", "Avg")}
-        block.lines.append(_line([row], SCORES, values, f"beta = {beta:g}"))
-    return [Table("tableI", f"Table I, IconQA: {title}", SCORES, [block])]
-
-
 def _tasks(rows: Iterable[Row]) -> list[str]:
     return list(dict.fromkeys(row.task for row in rows))
 
 
-def _line(rows: Sequence[Row], columns: tuple[str, ...], paper: Mapping[str, Any], label: str = "") -> Line:
-    """Means of the rows, which are one method's; its label by default."""
+def _line(rows: Sequence[Row], columns: tuple[str, ...], paper: Mapping[str, Any], label: str) -> Line:
+    """Means of the rows beside the paper's values."""
     cells, seeds = [], list(mean_over(rows, columns[0]))
     for column in columns:
         values = list(mean_over(rows, column).values())
         mean, half = mean_and_interval(values) if values else (None, None)
         cells.append(Cell(mean, half, paper.get(COLUMN_NAMES[column])))
-    return Line(label or METHODS[rows[0].run.method].label, sorted(seeds, key=str), cells)
+    return Line(label, sorted(seeds, key=str), cells)
 
 
 def _mark(block: Block) -> None:

@@ -19,7 +19,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -39,18 +38,15 @@ _CURVES = ("step", "loss", "task_loss", "cmr_llm", "cmr_connector", *(f"{name}_p
 _CURVE_POINTS = 40
 
 
-def check(runs: list[Run], answer: Connection) -> None:
-    """Send what is wrong with the inputs of all runs (a list), or the hashes of what they start from.
+def check_inputs(runs: list[Run]) -> dict[str, Any]:
+    """Check configurations, data and base model of all runs; the hashes of what they start from.
 
-    The hashes: `base`; `train`, by Target; `data`, by split and task.
+    Returns:
+        `base`; `train`, by Target; `data`, by split and task.
+
+    Raises:
+        UserError: everything that is wrong.
     """
-    try:
-        answer.send(_check(runs))
-    except UserError as error:
-        answer.send(error.problems)
-
-
-def _check(runs: list[Run]) -> dict[str, Any]:
     from llava_sculpt.evaluation.run import load_tasks
     from llava_sculpt.experiments.finetune import DATA, MODEL, missing_for_paper, training_data
     from llava_sculpt.experiments.tiny_data import prepare_tiny_world
