@@ -96,7 +96,12 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="base model, adapter folder or merged model")
     parser.add_argument("--base", help="base checkpoint, if not the one the adapter names")
     parser.add_argument("--tasks", default="all", help="all, or a comma-separated list: " + ",".join(TASKS))
-    parser.add_argument("--data_root", type=Path, default=Path("data"), help="folder of the prepared data sets")
+    parser.add_argument(
+        "--data_root",
+        type=Path,
+        help="folder of the prepared data sets (default: data/tiny for data/tiny_llava and what was made from it, "
+        "generated if it is not there; else data)",
+    )
     parser.add_argument("--split", default="test", choices=["val", "test"])
     parser.add_argument("--target", choices=TARGETS, help="the task that counts as Target")
     parser.add_argument("--batch_size", type=int, default=16)
@@ -112,54 +117,60 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
 
 
 def _eval(options: argparse.Namespace) -> int:
+    from llava_sculpt.artifacts.model_card import write_model_card
     from llava_sculpt.evaluation import processes
-    from llava_sculpt.evaluation.calibrate import check_calibration, compare, format_comparison
-    from llava_sculpt.evaluation.run import evaluate, load_tasks, tasks_of
+    from llava_sculpt.evaluation.calibrate import check_calibration, compare
+    from llava_sculpt.evaluation.run import choose_target, evaluate, load_tasks, tasks_of
     from llava_sculpt.evaluation.table import format_details, format_table
+    from llava_sculpt.experiments.tiny_data import find_data
     from llava_sculpt.model.checkpoint import find_base_checkpoint
     from llava_sculpt.model.load import load_for_inference
-    from llava_sculpt.records import write_json
 
-    if options.gpus < 1:
-        raise UserError(f"--gpus must be at least 1, got {options.gpus}")
-    tasks = tasks_of(options.tasks)
-    prepared = load_tasks(tasks, options.data_root, options.split)
-    if options.calibrate:
-        styles = {task.name: task.prompt_style for task in prepared}
-        check_calibration(find_base_checkpoint(options.model).config, options.model, options.split, styles)
-    if options.gpus > 1 and not processes.started():
-        return processes.launch(options.gpus, main, options.arguments)
+    numbers = {key: getattr(options, key) for key in ("gpus", "batch_size", "max_new_tokens")}
+    problems = [f"--{key} must be at least 1, got {value}" for key, value in numbers.items() if value < 1]
+    if not Path(options.model).is_dir() and options.model.count("/") != 1:
+        what = "a task, which --tasks takes" if options.model in TASKS else "no folder, nor OWNER/NAME on the Hub"
+        problems.append(f"--model {options.model}: {what}")
+    try:
+        names = tasks_of(options.tasks)
+        choose_target(names, options.target)
+    except UserError as error:
+        problems += error.problems
+    if problems:
+        raise UserError(problems)
     with processes.process_group():
+        root = options.data_root or processes.from_first(lambda: find_data(options.model, options.base))
+        tasks = load_tasks(names, root, options.split)
+        if options.calibrate:
+            styles = {task.name: task.prompt_style for task in tasks}
+            check_calibration(find_base_checkpoint(options.model).config, options.model, options.split, styles)
+        if options.gpus > 1 and not processes.started():
+            return processes.launch(options.gpus, main, options.arguments)
+        if processes.rank() == 0:
+            print(f"data: {root}", flush=True)
         loaded = load_for_inference(options.model, base=options.base)
-        folder = options.output_dir or Path("runs/eval") / Path(options.model).name
+        folder = options.output_dir or Path("runs/eval") / Path(options.model).absolute().name
         results = evaluate(
-            loaded.model,
-            loaded.tokenizer,
-            loaded.preprocessor,
+            loaded,
             tasks,
-            options.data_root,
-            options.split,
-            options.batch_size,
             folder,
-            model_fingerprint=loaded.fingerprint(),
-            target=options.target,
-            model_id=options.model,
+            label=options.model,
+            batch_size=options.batch_size,
             max_new_tokens=options.max_new_tokens,
             okvqa_variant=options.okvqa_variant,
-            progress=sys.stderr.isatty(),
+            target=options.target,
         )
-        first = processes.rank() == 0
-    if not first:
-        return 0
-    results["base"] = loaded.checkpoint.fingerprint()
-    write_json(folder / "results.json", results)
-    print(f"{format_table([(options.model, results)])}\n\n{format_details(results)}")
-    print(f"\nresults: {folder / 'results.json'}")
+        if processes.rank() != 0:
+            return 0
+    table, details = format_table([(options.model, results)]), format_details(results)
+    print(f"{table}\n\n{details}\n\nresults: {folder / 'results.json'}")
+    if loaded.adapter is not None and options.split == "test" and results["source"] is not None:
+        write_model_card(loaded.adapter, results, f"{table}\n\n{details}")
     if not options.calibrate:
         return 0
-    comparison = compare({name: entry["score"] for name, entry in results["tasks"].items()})
-    print(f"\n{format_comparison(comparison)}")
-    return 0 if all(row.within for row in comparison) else 1
+    comparison, within = compare({name: entry["score"] for name, entry in results["tasks"].items()})
+    print(f"\n{comparison}")
+    return 0 if within else 1
 
 
 def _add_prepare(parser: argparse.ArgumentParser) -> None:

@@ -16,7 +16,7 @@ BELOW = {
     "artifacts": {"errors", "names", "records", "data", "sculpt", "methods", "model"},
     "memory": {"errors", "names", "config", "data", "model"},
     "tasks": {"errors", "names", "records", "data"},
-    "evaluation": {"errors", "names", "records", "data", "tasks"},
+    "evaluation": {"errors", "names", "records", "data", "model", "tasks"},
     "train": {"errors", "names", "records", "config", "data", "sculpt", "methods", "model", "artifacts", "memory"},
     "llava_patch": {"errors", "config", "train"},
     "tiny": {"errors", "data", "tasks"},

@@ -22,18 +22,6 @@ class Published:
     source: str
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A score beside a published one."""
-
-    published: Published
-    score: float
-
-    @property
-    def within(self) -> bool:
-        return abs(self.score - self.published.score) <= self.published.tolerance
-
-
 # Whole test sets differ by rounding alone: half a point. OCR-VQA is the paper's random 2,000 questions, whose seed is
 # not known: two standard errors of a score of 66 on 2,000. IconQA's and COCO's test prompts were not published, and
 # zero-shot scores depend on the prompt.
@@ -87,19 +75,21 @@ def check_calibration(config: Mapping[str, Any], name: str, split: str, prompt_s
         raise UserError(problems)
 
 
-def compare(scores: Mapping[str, float]) -> list[Comparison]:
-    """Every published score of an evaluated task beside the one measured, on the paper's scale."""
-    return [Comparison(published, scores[published.task]) for published in PUBLISHED if published.task in scores]
+def compare(scores: Mapping[str, float]) -> tuple[str, bool]:
+    """Every published score of an evaluated task beside the one measured, as text, and whether all are within.
 
-
-def format_comparison(rows: list[Comparison]) -> str:
-    """One line per published score: within or outside its tolerance."""
-    lines = [
-        f"{row.published.task:8} {row.score:6.2f}  published {row.published.score:6.2f}  "
-        f"difference {row.score - row.published.score:+6.2f}  "
-        f"{'within ' if row.within else 'OUTSIDE'} {row.published.tolerance:g}  ({row.published.source})"
-        for row in rows
-    ]
-    outside = sum(not row.within for row in rows)
-    verdict = "all within" if outside == 0 else f"{outside} of {len(rows)} outside"
-    return "\n".join([*lines, f"calibration: {verdict} the tolerance"])
+    Args:
+        scores: by task, on the paper's scale.
+    """
+    lines, outside = [], 0
+    for published in (entry for entry in PUBLISHED if entry.task in scores):
+        difference = scores[published.task] - published.score
+        within = abs(difference) <= published.tolerance
+        outside += not within
+        lines.append(
+            f"{published.task:8} {scores[published.task]:6.2f}  published {published.score:6.2f}  "
+            f"difference {difference:+6.2f}  {'within ' if within else 'OUTSIDE'} {published.tolerance:g}  "
+            f"({published.source})"
+        )
+    verdict = "all within" if outside == 0 else f"{outside} of {len(lines)} outside"
+    return "\n".join([*lines, f"calibration: {verdict} the tolerance"]), outside == 0

@@ -72,15 +72,6 @@ def from_first(make: Callable[[], T]) -> T:
     return box[0]
 
 
-def wait_for_all() -> None:
-    """Return when every process is here.
-
-    Raises:
-        UserError: another process ended with an error.
-    """
-    from_first(lambda: None)
-
-
 def launch(processes: int, main: Callable[[list[str]], int], arguments: list[str]) -> int:
     """Run `main(arguments)` in that many processes; returns 0, or the exit code of the first that failed.
 

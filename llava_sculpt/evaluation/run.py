@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import llava_sculpt
 from llava_sculpt.data.conversation import encode_prompt
-from llava_sculpt.data.images import ImagePreprocessor
-from llava_sculpt.data.tokenizer import LlavaTokenizer
 from llava_sculpt.errors import UserError
 from llava_sculpt.evaluation.decode import image_token_count
 from llava_sculpt.evaluation.generate import generate_answers
 from llava_sculpt.evaluation.journal import Journal, Progress
-from llava_sculpt.evaluation.processes import from_first, rank, share_out, wait_for_all, world_size
+from llava_sculpt.evaluation.processes import from_first, rank, share_out, world_size
 from llava_sculpt.evaluation.score_files import read_gold
 from llava_sculpt.evaluation.scorers import scorer_of
-from llava_sculpt.evaluation.scorers.scorer import Score
+from llava_sculpt.model.load import Inference
 from llava_sculpt.names import SOURCES, TARGETS, TASKS
-from llava_sculpt.records import versions, write_atomically
+from llava_sculpt.records import versions, write_atomically, write_json
 from llava_sculpt.tasks.common import MANIFEST, json_lines, load_json
+from llava_sculpt.tasks.lines import read_records
+from llava_sculpt.tasks.problems import Problems
 
 Results = dict[str, Any]
 
@@ -38,34 +39,41 @@ class Task:
     name: str
     split: str
     questions: list[dict[str, Any]]
-    gold: Any
+    gold: dict[Any, Any]
     image_folder: Path
     prompt_style: str
     fingerprint: str
 
 
 def tasks_of(name: str) -> list[str]:
-    """`all`, or a comma-separated list of task names.
+    """`all`, or a comma-separated list of task names, each once.
 
     Raises:
         UserError: a name that is not a task.
     """
     names = list(TASKS) if name == "all" else [part.strip() for part in name.split(",") if part.strip()]
-    unknown = [part for part in names if part not in TASKS]
-    if unknown or not names:
-        raise UserError(f"--tasks: unknown {', '.join(unknown) or 'empty list'}; known: all, {', '.join(TASKS)}")
-    return names
+    known = f"known: all, {', '.join(TASKS)}"
+    problems = [] if names else [f"--tasks: empty; {known}"]
+    for unknown in (part for part in names if part not in TASKS):
+        near = get_close_matches(unknown.lower(), TASKS, 1)
+        hint = f"did you mean {near[0]}?" if near else known
+        if "/" in unknown or Path(unknown).is_dir():
+            hint = f"it looks like a model, which --model takes; {known}"
+        problems.append(f"--tasks: {unknown} is not a task; {hint}")
+    if problems:
+        raise UserError(problems)
+    return list(dict.fromkeys(names))
 
 
 def load_tasks(names: Sequence[str], data_root: Path, split: str) -> list[Task]:
     """Read the prepared data of every task in `names` from `data_root/<name>/`.
 
-    Call it before loading a model: one UserError lists every task that is unknown, not prepared, lacks the
-    split, or misses images.
+    Call it before loading a model: one UserError lists every task that is not prepared, lacks the split, has a
+    malformed file, or misses images.
     """
     tasks: list[Task] = []
     problems: list[str] = []
-    for name in dict.fromkeys(names):
+    for name in names:
         try:
             tasks.append(_load_task(name, data_root / name, split))
         except UserError as error:
@@ -76,101 +84,107 @@ def load_tasks(names: Sequence[str], data_root: Path, split: str) -> list[Task]:
 
 
 def evaluate(
-    model: nn.Module,
-    tokenizer: LlavaTokenizer,
-    preprocessor: ImagePreprocessor,
-    tasks: Sequence[str],
-    data_root: Path,
-    split: str,
-    batch_size: int,
+    loaded: Inference,
+    tasks: Sequence[Task],
     out_dir: Path,
     *,
-    model_fingerprint: str,
-    target: str | None = None,
-    model_id: str = "",
+    label: str,
+    batch_size: int = 16,
     max_new_tokens: int = 128,
     okvqa_variant: str = "authors",
-    progress: bool = True,
+    target: str | None = None,
 ) -> Results:
-    """Answer and score `tasks`; write `out_dir/predictions/<task>.jsonl` and return the content of
-    `results.json`.
+    """Answer and score `tasks`, of one split; write `predictions/<task>.jsonl` and `results.json` into `out_dir`.
 
     Processes of a process group share the questions out; all return the results, the first one writes. Answers
     are kept as they come (`evaluation/journal.py`): after a kill the same call, with any number of processes and any
-    batch size, answers only what is left. `model_fingerprint` tells whether it is the same model.
+    batch size, answers only what is left.
 
-    The predictions are in LLaVA's answers format. `target` ("iconqa" or "coco") is the task that counts as
-    Target; by default the one of them that is evaluated. Results: "tasks" {name: score, n, split, metric,
-    variant, prompt_style, decoding, and a benchmark's further numbers}, "source" (mean of the four Source
-    tasks), "target", "target_task", "avg" (Eq. 42), each None if a part is missing, "settings" with
-    "config_hash", "versions". All scores are on the paper's scale. The hash covers data, prompts, decoding
-    and scorers, not model or batch size: equal hashes mean comparable scores.
+    Args:
+        label: name of the model in the results.
+        batch_size: questions at a time; changes no answer.
+        target: the task that counts as Target, see `choose_target`.
+
+    Returns:
+        The content of results.json: "model_id", "base" (the base checkpoint's fingerprint), "tasks" {name: score, n,
+        split, metric, variant, prompt_style, decoding, and a benchmark's further numbers}, "source" (mean of the four
+        Source tasks), "target", "target_task", "avg" (Eq. 42), each None if a part is missing, "settings" with
+        "config_hash", "versions". All scores are on the paper's scale. The hash covers data, prompts, decoding and
+        scorers, not model or batch size: equal hashes mean comparable scores.
+
+    Raises:
+        UserError: a batch size or number of tokens below 1, a wrong target, a folder that cannot be written.
     """
     if batch_size < 1 or max_new_tokens < 1:
         raise UserError(f"batch_size and max_new_tokens must be at least 1, got {batch_size} and {max_new_tokens}")
-    loaded = load_tasks(tasks, data_root, split)
-    target = choose_target([task.name for task in loaded], target)
+    target = choose_target([task.name for task in tasks], target)
+    split = tasks[0].split
     decoding = f"greedy, at most {max_new_tokens} new tokens"
     folder = out_dir / "predictions"
-    journals = {task.name: Journal(folder, task.name, _key(model_fingerprint, task, max_new_tokens)) for task in loaded}
+    model = loaded.fingerprint()
+    journals = {task.name: Journal(folder, task.name, _key(model, task, max_new_tokens)) for task in tasks}
     known = from_first(lambda: {name: journal.read() for name, journal in journals.items()})
 
     def answer_rest(task: Task) -> None:
         rest = [question for question in task.questions if question["question_id"] not in known[task.name]]
         shares = share_out(
-            [len(encode_prompt(q["text"], tokenizer, has_image=False)) for q in rest],
+            [len(encode_prompt(q["text"], loaded.tokenizer, has_image=False)) for q in rest],
             [q.get("image") for q in rest],
-            image_token_count(model.config),
+            image_token_count(loaded.model.config),
             world_size(),
         )
         mine = [rest[place] for place in shares[rank()]]
         journal = journals[task.name]
         try:
-            for answers in generate_answers(
-                model, tokenizer, preprocessor, mine, task.image_folder, batch_size, max_new_tokens
-            ):
+            parts = loaded.model, loaded.tokenizer, loaded.preprocessor
+            for answers in generate_answers(*parts, mine, task.image_folder, batch_size, max_new_tokens):
                 journal.append({mine[place]["question_id"]: text for place, text in answers.items()}, rank())
         finally:
             journal.close()
 
     def write_and_score() -> dict[str, dict[str, Any]]:
         scored = {}
-        for task in loaded:
+        for task in tasks:
             answers = journals[task.name].read()
             pairs = [(question["question_id"], answers[question["question_id"]]) for question in task.questions]
             metadata = {"split": split, "prompt_style": task.prompt_style, "decoding": decoding}
-            _write_predictions(folder / f"{task.name}.jsonl", task, [text for _, text in pairs], model_id, metadata)
+            _write_predictions(folder / f"{task.name}.jsonl", task, [text for _, text in pairs], label, metadata)
             variant = okvqa_variant if task.name == "okvqa" else "authors"
             score = scorer_of(task.name).score(task.gold, pairs, variant, None)
-            scored[task.name] = _entry(score, metadata)
+            entry = {key: getattr(score, key) for key in ("score", "n", "metric", "variant")}
+            scored[task.name] = {**entry, **metadata, **score.extra}
         for journal in journals.values():
             journal.remove()
         return scored
 
-    total = sum(len(task.questions) for task in loaded)
-    with Progress(list(journals.values()), total, show=progress and rank() == 0):
+    total = sum(len(task.questions) for task in tasks)
+    with Progress(list(journals.values()), total, show=sys.stderr.isatty() and rank() == 0):
         try:
-            for task in loaded:
+            for task in tasks:
                 answer_rest(task)
         except OSError as error:
             raise UserError(f"{folder}: cannot write the predictions: {error}") from error
-        wait_for_all()
+        from_first(lambda: None)  # the bar shows what the others still answer
     scored = from_first(write_and_score)
     settings = {
         "split": split,
         "max_new_tokens": max_new_tokens,
-        "data": {task.name: task.fingerprint for task in loaded},
-        "prompt_styles": {task.name: task.prompt_style for task in loaded},
+        "data": {task.name: task.fingerprint for task in tasks},
+        "prompt_styles": {task.name: task.prompt_style for task in tasks},
         "scorers": {name: f"{entry['metric']}, {entry['variant']}" for name, entry in scored.items()},
     }
-    return {
-        "model_id": model_id,
+    results = {
+        "model_id": label,
+        "base": loaded.checkpoint.fingerprint(),
         "tasks": scored,
         **summarise({name: entry["score"] for name, entry in scored.items()}, target),
         "settings": settings,
         "config_hash": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
         "versions": versions(),
     }
+    if rank() == 0:
+        write_json(out_dir / "results.json", results)
+    return results
 
 
 def _key(model_fingerprint: str, task: Task, max_new_tokens: int) -> str:
@@ -188,57 +202,44 @@ def summarise(scores: Mapping[str, float], target: str | None) -> dict[str, Any]
 
 
 def choose_target(names: Sequence[str], target: str | None) -> str | None:
-    """The Target task: `target` if given (UserError unless it is one and evaluated), else the only one in `names`."""
+    """The Target task: `target` if given (UserError unless it is evaluated), else the only one in `names`."""
+    present = [name for name in TARGETS if name in names]
     if target is None:
-        present = [name for name in TARGETS if name in names]
         return present[0] if len(present) == 1 else None
-    if target not in TARGETS or target not in names:
-        raise UserError(f"target {target!r} must be one of {', '.join(TARGETS)} and among the evaluated tasks")
+    if target not in present:
+        raise UserError(f"--target {target}: not among the Target tasks in --tasks ({', '.join(present) or 'none'})")
     return target
 
 
 def _load_task(name: str, folder: Path, split: str) -> Task:
-    if name not in TASKS:
-        raise UserError(f"unknown task {name!r}; known: {', '.join(TASKS)}")
     if not (folder / MANIFEST).is_file():
-        raise UserError(f"{folder}: {name} is not prepared; run: llava-sculpt prepare {name} --raw DIR --out {folder}")
+        raise UserError(
+            f"{folder}: {name} is not prepared; run: llava-sculpt prepare {name} --raw raw/{name} --out {folder} "
+            "(data/README.md), or name the folder of the prepared data with --data_root"
+        )
     manifest = load_json(folder / MANIFEST, dict)
     file, gold_file = folder / f"{split}.jsonl", folder / f"{split}_annotations.json"
     if not file.is_file() or not gold_file.is_file():
         have = ", ".join(s for s in manifest.get("splits", {}) if s != "train") or "none"
         raise UserError(f"{folder}: no split {split!r} (evaluation splits there: {have})")
-    content = file.read_bytes()
-    questions = _read_questions(file, content)
+    questions = _read_questions(file)
     images = (folder / manifest["image_folder"]).resolve()
     missing = [q["image"] for q in questions if "image" in q and not (images / q["image"]).is_file()]
     if missing:
         raise UserError(f"{file}: {len(missing)} images are not in {images}, the first: {missing[0]}")
-    fingerprint = hashlib.sha256(content + gold_file.read_bytes()).hexdigest()
+    fingerprint = hashlib.sha256(file.read_bytes() + gold_file.read_bytes()).hexdigest()
     return Task(name, split, questions, read_gold(name, gold_file), images, manifest["prompt_style"], fingerprint)
 
 
-def _read_questions(file: Path, content: bytes) -> list[dict[str, Any]]:
-    questions: list[dict[str, Any]] = []
-    problems: list[str] = []
-    seen: set[Any] = set()
-    # Not splitlines(): JSON leaves U+2028 and its like unescaped inside a record.
-    for number, line in enumerate(content.decode("utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            if not isinstance(record, dict) or not {"question_id", "text"} <= record.keys():
-                problems.append(f"{file}: line {number}: needs question_id and text")
-            elif record["question_id"] in seen:
-                problems.append(f"{file}: line {number}: question_id {record['question_id']!r} is there twice")
-            else:
-                seen.add(record["question_id"])
-            questions.append(record)
-        except json.JSONDecodeError as error:
-            problems.append(f"{file}: line {number}: not valid JSON ({error.msg})")
-    if problems or not questions:
-        raise UserError(problems or f"{file}: holds no questions")
-    return questions
+def _read_questions(file: Path) -> list[dict[str, Any]]:
+    problems, seen = Problems(), set[int | str]()
+    records = read_records(file)
+    for where, record in records:
+        problems.identifier(record, "question_id", file, where, seen)
+        if "text" not in record:
+            problems.add(file, where, "no field 'text'")
+    problems.raise_if_any()
+    return [record for _, record in records]
 
 
 def _write_predictions(path: Path, task: Task, texts: Sequence[str], model_id: str, metadata: dict[str, Any]) -> None:
@@ -258,14 +259,3 @@ def _write_predictions(path: Path, task: Task, texts: Sequence[str], model_id: s
         write_atomically(path, json_lines(records))
     except OSError as error:
         raise UserError(f"{path}: cannot write the predictions: {error}") from error
-
-
-def _entry(score: Score, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "score": score.score,
-        "n": score.n,
-        "metric": score.metric,
-        "variant": score.variant,
-        **metadata,
-        **score.extra,
-    }

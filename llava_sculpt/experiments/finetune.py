@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from llava_sculpt.model.adapter import read_run
 from llava_sculpt.model.checkpoint import find_base_checkpoint
 from llava_sculpt.model.load import load_for_inference
 from llava_sculpt.names import METHODS, SOURCES, config_file
-from llava_sculpt.records import write_json
 from llava_sculpt.train.train import main as train_main
 
 PAPER_MODEL = "llava-hf/llava-1.5-7b-hf"
@@ -157,24 +155,8 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """Evaluate a base model or an adapter with the scale's data and batch; writes results.json into `folder`."""
     print(f"evaluating {label} ({model}) on {split}", flush=True)
-    loaded = load_for_inference(model)
-    results = evaluate(
-        loaded.model,
-        loaded.tokenizer,
-        loaded.preprocessor,
-        tasks,
-        DATA[scale],
-        split,
-        EVAL_BATCH[scale],
-        folder,
-        model_fingerprint=loaded.fingerprint(),
-        model_id=label,
-        progress=sys.stderr.isatty(),
-    )
-    results["base"] = loaded.checkpoint.fingerprint()
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "results.json", results)
-    return results
+    prepared = load_tasks(tasks, DATA[scale], split)
+    return evaluate(load_for_inference(model), prepared, folder, label=label, batch_size=EVAL_BATCH[scale])
 
 
 def _show(task: str, scale: str, folder: Path, zero_shot: dict[str, Any], results: dict[str, Any]) -> None:

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import llava_sculpt.tasks
 import llava_sculpt.tiny
+from llava_sculpt.artifacts.merge import MERGE_FILE
+from llava_sculpt.model.adapter import base_of, find_upwards
+from llava_sculpt.model.files import ADAPTER_CONFIG
 from llava_sculpt.names import TASKS
 from llava_sculpt.records import write_json
 from llava_sculpt.tasks import prepare_benchmark
@@ -27,6 +30,28 @@ def prepare_tiny_world(root: Path, seed: int = 0) -> None:
     for name, task in TASKS.items():
         prepare_benchmark(name, root / "raw" / name, root / name, **task.tiny_options)
     write_json(marker, current)
+
+
+def find_data(model: str, base: str | None = None) -> Path:
+    """The folder of the prepared data sets for a model: `tiny` beside a base in `data/tiny_llava`, else `data`.
+
+    The tiny world is made if need be.
+
+    Args:
+        model: base model, adapter folder or merged model.
+        base: base checkpoint, if not the one the adapter names.
+    """
+    folder, name = Path(model), model
+    if (folder / ADAPTER_CONFIG).is_file():
+        name = base_of(folder, base)
+    elif (folder / MERGE_FILE).is_file():
+        name = find_upwards(json.loads((folder / MERGE_FILE).read_text(encoding="utf-8"))["base"]["path"], folder)
+    place = Path(name)
+    if not place.is_dir() or place.absolute().parts[-2:] != ("data", "tiny_llava"):
+        return Path("data")
+    root = place.parent / "tiny"
+    prepare_tiny_world(root)
+    return root
 
 
 def _code_hash() -> str:

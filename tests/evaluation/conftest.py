@@ -4,37 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from transformers import LlavaForConditionalGeneration
 
-from llava_sculpt.data.images import ImagePreprocessor
-from llava_sculpt.data.tokenizer import LlavaTokenizer
-
-
-@dataclass
-class World:
-    """What `generate_answers` and `evaluate` need."""
-
-    model: LlavaForConditionalGeneration
-    tokenizer: LlavaTokenizer
-    preprocessor: ImagePreprocessor
+from llava_sculpt.model.load import Inference, load_for_inference
 
 
 @pytest.fixture(scope="session")
-def world(checkpoint: Path) -> World:
-    model = LlavaForConditionalGeneration.from_pretrained(checkpoint).eval()
+def world(checkpoint: Path) -> Inference:
+    loaded = load_for_inference(str(checkpoint))
     with torch.no_grad():
         # Large weights: answers depend on prompt and image, and the best token is clear of rounding.
-        for parameter in model.parameters():
+        for parameter in loaded.model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(8)
-    return World(model, LlavaTokenizer.from_dir(checkpoint), ImagePreprocessor.from_dir(checkpoint))
+    return loaded
 
 
 @pytest.fixture(scope="session")
@@ -72,3 +60,26 @@ def prepare_task(tmp_path: Path, pictures: Path) -> PrepareTask:
         return folder
 
     return prepare
+
+
+def first_questions(root: Path, folder: Path, tasks: dict[str, int]) -> Path:
+    """The first test questions of some tasks prepared in `root`, as prepared folders in `folder`."""
+
+    def kept(gold: Any, ids: set[Any]) -> Any:
+        if isinstance(gold, list):
+            return [r for r in gold if r.get("question_id", r.get("image_id", r.get("id"))) in ids]
+        return {
+            k: kept(v, ids) if isinstance(v, list) else v for k, v in gold.items() if isinstance(v, list) or k in ids
+        }
+
+    for name, count in tasks.items():
+        (folder / name).mkdir(parents=True)
+        manifest = json.loads((root / name / "manifest.json").read_text())
+        manifest["image_folder"] = str((root / name / manifest["image_folder"]).resolve())
+        (folder / name / "manifest.json").write_text(json.dumps(manifest))
+        lines = (root / name / "test.jsonl").read_text().splitlines(keepends=True)[:count]
+        (folder / name / "test.jsonl").write_text("".join(lines))
+        gold = json.loads((root / name / "test_annotations.json").read_text())
+        cut = kept(gold, {json.loads(line)["question_id"] for line in lines})
+        (folder / name / "test_annotations.json").write_text(json.dumps(cut))
+    return folder

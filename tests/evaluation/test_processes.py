@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from llava_sculpt.evaluation.processes import share_out
 from llava_sculpt.experiments.tiny_data import prepare_tiny_world
+from tests.evaluation.conftest import first_questions
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "data" / "tiny_llava"
@@ -48,25 +49,6 @@ def tiny_world(tmp_path_factory) -> Path:
     return root
 
 
-def small(tiny_world: Path, folder: Path, tasks: dict[str, int]) -> Path:
-    """The first questions of some tasks, as prepared folders."""
-    for name, count in tasks.items():
-        (folder / name).mkdir(parents=True)
-        manifest = json.loads((tiny_world / name / "manifest.json").read_text())
-        manifest["image_folder"] = str((tiny_world / name / manifest["image_folder"]).resolve())
-        (folder / name / "manifest.json").write_text(json.dumps(manifest))
-        lines = (tiny_world / name / "test.jsonl").read_text().splitlines(keepends=True)[:count]
-        (folder / name / "test.jsonl").write_text("".join(lines))
-        ids = {json.loads(line)["question_id"] for line in lines}
-        gold = json.loads((tiny_world / name / "test_annotations.json").read_text())
-        if isinstance(gold, list):
-            gold = [entry for entry in gold if entry["question_id"] in ids]
-        elif name == "gqa":
-            gold = {key: entry for key, entry in gold.items() if key in ids}
-        (folder / name / "test_annotations.json").write_text(json.dumps(gold))
-    return folder
-
-
 def command(data: Path, out: Path, *flags: str) -> list[str]:
     base = ["eval", "--model", str(TINY), "--data_root", str(data), "--output_dir", str(out)]
     return ["-m", "llava_sculpt.cli", *base, *flags]
@@ -84,7 +66,7 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def data(tiny_world, tmp_path_factory) -> Path:
-    return small(tiny_world, tmp_path_factory.mktemp("data"), {"gqa": 40, "iconqa": 30})
+    return first_questions(tiny_world, tmp_path_factory.mktemp("data"), {"gqa": 40, "iconqa": 30})
 
 
 @pytest.fixture(scope="session")
@@ -182,7 +164,7 @@ def test_a_broken_image_ends_all_processes(data, tmp_path):
 @pytest.mark.timeout(1800)
 def test_a_thousand_questions_whatever_batch_and_processes(tiny_world, tmp_path):
     tasks = {"coco": 300, "gqa": 300, "iconqa": 200, "ocrvqa": 200}
-    data = small(tiny_world, tmp_path / "data", tasks)
+    data = first_questions(tiny_world, tmp_path / "data", tasks)
     found = {}
     for batch_size, processes in ((64, 2), (64, 1), (7, 1), (1, 1)):
         out = tmp_path / f"{batch_size}_{processes}"

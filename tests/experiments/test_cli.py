@@ -20,8 +20,12 @@ from tests.train.conftest import flags, train  # noqa: F401
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["eval", "--model", "nowhere", "--tasks", "chess"], "unknown chess"),
-        (["eval", "--model", "nowhere", "--tasks", "gqa", "--data_root", "nowhere"], "gqa is not prepared"),
+        (["eval", "--model", "data/tiny_llava", "--tasks", "chess"], "chess is not a task"),
+        (["eval", "--model", "data/tiny_llava", "--tasks", "gqa", "--data_root", "nowhere"], "gqa is not prepared"),
+        (["eval", "--model", "iconqa"], "--model iconqa: a task, which --tasks takes"),
+        (["eval", "--model", "nowhere"], "--model nowhere: no folder"),
+        (["eval", "--model", "data/tiny_llava", "--tasks", "gqa", "--target", "coco"], "--target coco: not among"),
+        (["eval", "--model", "data/tiny_llava", "--gpus", "0"], "--gpus must be at least 1"),
         (["inspect", "nowhere"], "nowhere"),
         (["prepare", "gqa", "--raw", "nowhere", "--out", "x"], "nowhere: folder not found"),
         (["experiment", "tabel1", "--scale", "tiny"], "did you mean table1?"),
