@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from llava_sculpt import __version__
 from llava_sculpt.errors import UserError
 from llava_sculpt.names import LORASCULPT, TARGETS, TASKS, TRAINED
 
@@ -18,15 +19,14 @@ def main(argv: list[str] | None = None) -> int:
     """Run one subcommand; returns the exit code (2 for bad input, 130 when interrupted)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="llava-sculpt", description="LoRASculpt for LLaVA-1.5.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (summary, add_arguments, _) in _COMMANDS.items():
-        add_arguments(commands.add_parser(name, help=summary, description=summary, allow_abbrev=False))
-    if arguments[:1] == ["train"]:  # its flags are the training configuration's, parsed there
-        from llava_sculpt.train.train import main as train
-
-        return train(arguments[1:])
+        add_help = name != "train"  # its flags are the training configuration's, parsed and listed there
+        command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False, add_help=add_help)
+        add_arguments(command)
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.command not in ("finetune", "plan"):
+    if rest and options.command not in ("finetune", "plan", "train"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.train_flags = rest
     options.arguments = arguments
@@ -42,11 +42,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = "Flags: --config FILE.yaml and any field of llava_sculpt/config.py."
+    pass
 
 
 def _train(options: argparse.Namespace) -> int:
-    raise AssertionError("handled before the other subcommands")
+    from llava_sculpt.train.train import main as train
+
+    return train(options.train_flags)
 
 
 def _add_finetune(parser: argparse.ArgumentParser) -> None:
