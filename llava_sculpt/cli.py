@@ -58,7 +58,7 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int, default=32, help="LoRA rank (paper: 16, 32, 64)")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--output_dir", help="default: runs/SCALE/TASK/METHOD_rRANK_seedSEED")
-    parser.epilog = "Any further flag goes to the training entry point and wins over its YAML."
+    parser.epilog = "Any flag of `llava-sculpt train --help` goes to training and wins over its YAML."
 
 
 def _finetune(options: argparse.Namespace) -> int:
@@ -80,7 +80,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu_memory", type=float, default=24, help="of one GPU, in GB = 10^9 bytes (default 24)")
     parser.add_argument("--zero", type=int, choices=[2, 3], help="DeepSpeed ZeRO stage (default: the configuration's)")
     parser.add_argument("--json", action="store_true")
-    parser.epilog = "Further flags: those of training, with --config FILE.yaml. No GPU, weights or data are needed."
+    parser.epilog = "Further flags: those of `llava-sculpt train --help`. No GPU, weights or data are needed."
 
 
 def _plan(options: argparse.Namespace) -> int:

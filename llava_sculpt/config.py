@@ -397,11 +397,15 @@ def _convert(parser: HfArgumentParser, source: str, key: str, value: Any, proble
     else:
         words = [str(value)]
     try:
-        parsed, _ = parser.parse_known_args([f"--{key}={words[0]}"] if len(words) == 1 else [f"--{key}", *words])
+        parsed, rest = parser.parse_known_args([f"--{key}={words[0]}"] if len(words) == 1 else [f"--{key}", *words])
     except (argparse.ArgumentError, ValueError, TypeError) as error:
         message = error.message if isinstance(error, argparse.ArgumentError) else str(error)
         problems.append(f"{source}: {key}: {message}")
         return {}
+    if rest and key == "report_to":  # a string or a list of them, of which the parser takes one
+        return {key: words}
+    if rest:
+        problems.append(f"{source}: {key}: takes one value, got {' '.join(words)}")
     return {key: getattr(parsed, key)}
 
 
@@ -481,7 +485,7 @@ def _impossible_values(
     if not 0 <= model.lora_dropout < 1:
         problems.append(f"lora_dropout: must be in [0, 1), got {model.lora_dropout}")
     problems += sculpt.problems()
-    if sculpt.method != "sculpt" and model.connector == "sculpt":
+    if sculpt.method != LORASCULPT and model.connector == "sculpt":
         problems.append("connector: sculpt needs method: sculpt (use connector: lora)")
     if values.get("fp16") and not torch.cuda.is_available():
         problems.append("fp16: needs a GPU; use bf16 or neither")

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from llava_sculpt.config import Config, parse_config
-from llava_sculpt.data.conversation import IMAGE_TOKEN_INDEX, encode_record, record_problems
-from llava_sculpt.data.dataset import read_records
+from llava_sculpt.data.dataset import LlavaDataset, read_records
+from llava_sculpt.data.images import ImagePreprocessor
 from llava_sculpt.data.tokenizer import LlavaTokenizer
 from llava_sculpt.errors import UserError
 from llava_sculpt.memory.parts import Architecture, Setup, Zero, activation_peaks, memory_parts, step_flops
 from llava_sculpt.model.from_original import CLIP_L_336, hf_config, is_original, known_tower
 from llava_sculpt.model.shards import read_config
-from llava_sculpt.names import PENALTIES
+from llava_sculpt.names import LORASCULPT, PENALTIES
 
 GIB = 2**30
 GB = 10**9
@@ -146,7 +146,7 @@ def make_plan(
     arguments, model, sculpt = config.training, config.model, config.sculpt
     if zero == 3 and model.bits < 16:
         raise UserError(f"bits: {model.bits} does not go with ZeRO-3; use ZeRO-2, or bits: 16")
-    is_sculpt = sculpt.method == "sculpt"
+    is_sculpt = sculpt.method == LORASCULPT
     cut = [min(abs(length), arguments.model_max_length) for length in lengths or ()]
     architecture = Architecture.from_config(checkpoint_config)
     setup = Setup(
@@ -309,19 +309,12 @@ def _read_lengths(config: Config, image_tokens: int) -> tuple[int, list[int] | N
     path = Path(config.data.data_path)
     if not path.is_file():
         return ASSUMED_SAMPLES, None
-    records = read_records(path)
     base = Path(config.model.model_name_or_path)
-    if not (base / "tokenizer.model").is_file():
-        return len(records), None
-    tokenizer = LlavaTokenizer.from_dir(base)
-    lengths = []
-    for number, record in enumerate(records, start=1):
-        problems = record_problems(record)
-        if problems:
-            raise UserError(f"{path}: record {number} of {len(records)}: {problems[0]}")
-        ids, _ = encode_record(record, tokenizer)
-        lengths.append(len(ids) + (image_tokens - 1) * ids.count(IMAGE_TOKEN_INDEX))
-    return len(records), lengths
+    if not all((base / name).is_file() for name in ("tokenizer.model", "preprocessor_config.json")):
+        return len(read_records(path)), None
+    tokenizer, preprocessor = LlavaTokenizer.from_dir(base), ImagePreprocessor.from_dir(base)
+    dataset = LlavaDataset(path, None, tokenizer, preprocessor, config.training.model_max_length, image_tokens)
+    return len(dataset), dataset.modality_lengths
 
 
 def run_plan(argv: list[str], gpus: int, gpu_memory: float, zero: int | None, *, as_json: bool) -> int:

@@ -53,7 +53,13 @@ def test_all_configuration_errors_together(
 ) -> None:
     monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
     file = tmp_path / "config.yaml"
-    wrong = {"lora_rank": 8, "sculpt_density": 2, "learning_rate": "fast", "report_to": ["tensorbord", "wandb"]}
+    wrong = {
+        "lora_rank": 8,
+        "lora_alpha": [8, 16],
+        "sculpt_density": 2,
+        "learning_rate": "fast",
+        "report_to": ["tensorbord", "wandb"],
+    }
     file.write_text(yaml.safe_dump(wrong | {"eval_strategy": "steps", "evaluation_strategy": "steps"}))
     assert main(["--config", str(file)]) == 2
     errors = capsys.readouterr().err
@@ -61,6 +67,7 @@ def test_all_configuration_errors_together(
         "unknown key lora_rank",
         "sculpt_density",
         "learning_rate",
+        "lora_alpha: takes one value, got 8 16",
         "unknown 'tensorbord'; did you mean tensorboard?",
         "wandb is not installed here: pip install wandb",
         "eval_strategy: needs held-out samples",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 from pathlib import Path
 
 import pytest
@@ -63,8 +64,10 @@ def test_a_file_without_its_flag_gets_a_hint(words: list[str], capsys: pytest.Ca
 def test_a_run_says_what_it_makes_and_what_comes_next(
     train: Train, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    before = signal.getsignal(signal.SIGTERM)
     options = {"max_steps": 6, "sculpt_warmup_steps": 2, "save_total_limit": 2, "disable_tqdm": False}
     assert train(tmp_path / "run", save_steps=4, **options) == 0
+    assert signal.getsignal(signal.SIGTERM) is before
     printed = capfd.readouterr()
     lines = printed.out.splitlines()
     assert "step 2: made the masks of 28 matrices, density 0.1 each, kept from here on" in lines
