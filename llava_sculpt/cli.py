@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from llava_sculpt import __version__
 from llava_sculpt.errors import UserError
 from llava_sculpt.names import LORASCULPT, SCALES, TARGETS, TASKS, TRAINED
 
@@ -19,17 +20,15 @@ def main(argv: list[str] | None = None) -> int:
     """Run one subcommand; returns the exit code (2 for bad input, 130 when interrupted)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="llava-sculpt", description="LoRASculpt for LLaVA-1.5.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (summary, add_arguments, _) in _COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        add_help = name != "train"  # its flags are the training configuration's, parsed and listed there
+        command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False, add_help=add_help)
         if arguments[:1] == [name]:  # flags of the others are not needed
             add_arguments(command)
-    if arguments[:1] == ["train"]:  # its flags are the training configuration's, parsed there
-        from llava_sculpt.train.train import main as train
-
-        return train(arguments[1:])
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.command not in ("finetune", "plan"):
+    if rest and options.command not in ("finetune", "plan", "train"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.train_flags = rest
     options.arguments = arguments
@@ -47,11 +46,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = "Flags: --config FILE.yaml and any field of llava_sculpt/config.py."
+    pass
 
 
 def _train(options: argparse.Namespace) -> int:
-    raise AssertionError("handled before the other subcommands")
+    from llava_sculpt.train.train import main as train
+
+    return train(options.train_flags)
 
 
 def _add_finetune(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +62,7 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int, default=32, help="LoRA rank (paper: 16, 32, 64)")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--output_dir", help="default: runs/SCALE/TASK/METHOD_rRANK_seedSEED")
-    parser.epilog = "Any further flag goes to the training entry point and wins over its YAML."
+    parser.epilog = "Any flag of `llava-sculpt train --help` goes to training and wins over its YAML."
 
 
 def _finetune(options: argparse.Namespace) -> int:
@@ -83,7 +84,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu_memory", type=float, default=24, help="of one GPU, in GB = 10^9 bytes (default 24)")
     parser.add_argument("--zero", type=int, choices=[2, 3], help="DeepSpeed ZeRO stage (default: the configuration's)")
     parser.add_argument("--json", action="store_true")
-    parser.epilog = "Further flags: those of training, with --config FILE.yaml. No GPU, weights or data are needed."
+    parser.epilog = "Further flags: those of `llava-sculpt train --help`. No GPU, weights or data are needed."
 
 
 def _plan(options: argparse.Namespace) -> int:

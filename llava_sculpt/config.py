@@ -1,4 +1,4 @@
-"""One run's configuration: typed fields, one YAML file, command-line overrides, and every mistake told at once."""
+"""One run's configuration: typed fields, one YAML file, command-line overrides; all mistakes in one error."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import argparse
 import dataclasses
 import difflib
 import json
+import math
 import os
 import re
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,14 @@ import torch
 import yaml
 from transformers import HfArgumentParser
 from transformers import TrainingArguments as HfTrainingArguments
+from transformers.integrations import integration_utils
 
 from llava_sculpt.errors import UserError
 from llava_sculpt.names import LORASCULPT, PENALTIES, TRAINED
 
 CONNECTOR_MODES = ("full", "frozen", "lora", "sculpt")
 
-# Flags of LLaVA's own train.py that have no counterpart here, with the reason a pasted command should hear.
+# Flags of LLaVA's own train.py that have no counterpart here, and what to tell who pastes a command with them.
 LLAVA_ONLY_FLAGS = {
     "lora_enable": "LoRA is always on",
     "lazy_preprocess": "samples are always tokenised on demand",
@@ -38,7 +41,7 @@ LLAVA_ONLY_FLAGS = {
     "mm_use_im_patch_token": "LLaVA-1.5 does not use it",
     "lora_bias": "LoRASculpt trains no biases",
     "lora_weight_path": "continue a run through its --output_dir",
-    "evaluation_strategy": "run `llava-sculpt eval` afterwards",
+    "evaluation_strategy": "use --eval_strategy with --eval_data_path",
 }
 
 
@@ -72,6 +75,12 @@ class ModelArguments:
 class DataArguments:
     data_path: str = field(default="", metadata={"help": "LLaVA training JSON."})
     image_folder: str = field(default="", metadata={"help": "Folder the records' `image` paths start from."})
+    eval_data_path: str | None = field(
+        default=None, metadata={"help": "LLaVA JSON of held-out samples: their loss is logged every --eval_strategy."}
+    )
+    eval_image_folder: str | None = field(
+        default=None, metadata={"help": "Folder of the held-out samples' images (default: image_folder)."}
+    )
     image_aspect_ratio: str = field(default="pad", metadata={"help": "How images become square.", "choices": ["pad"]})
 
 
@@ -105,31 +114,25 @@ class SculptArguments:
 
     def problems(self) -> list[str]:
         """Impossible values, one message each."""
-        problems = sculpt_problems(
-            self.sculpt_density,
-            self.sculpt_warmup_steps,
-            self.sculpt_omega,
-            self.sculpt_alpha,
-            self.sculpt_beta,
-            prefix="sculpt_",
-        )
+        problems = []
+        try:
+            self.to_config()
+        except UserError as error:
+            problems += [f"sculpt_{problem}" for problem in error.problems]
         if not self.reg_lambda >= 0:
             problems.append(f"reg_lambda: must not be negative, got {self.reg_lambda}")
         return problems
 
-    def to_config(self, *, prune: str, regularize: str, connector: str | None) -> SculptConfig:
-        """The method's settings, for a model whose layers the patterns name (see `SculptConfig`)."""
-        return SculptConfig(
-            density=self.sculpt_density,
-            warmup_steps=self.sculpt_warmup_steps,
-            omega=self.sculpt_omega,
-            alpha=self.sculpt_alpha,
-            beta=self.sculpt_beta,
-            reduction=self.sculpt_reduction,
-            prune=prune,
-            regularize=regularize,
-            connector=connector,
-        )
+    def to_config(self, **layers: Any) -> SculptConfig:
+        """The method's settings, for a model whose layers the patterns name (see `SculptConfig`).
+
+        Raises:
+            UserError: impossible values, all at once.
+        """
+        prefix = "sculpt_"
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(SculptArguments)}
+        own: Any = {name.removeprefix(prefix): value for name, value in given.items() if name.startswith(prefix)}
+        return SculptConfig(**own, **layers)
 
 
 @dataclass(frozen=True)
@@ -165,7 +168,19 @@ class SculptConfig:
     connector: str | None = None
 
     def __post_init__(self) -> None:
-        problems = sculpt_problems(self.density, self.warmup_steps, self.omega, self.alpha, self.beta)
+        problems = []
+        if not 0 < self.density <= 1:
+            problems.append(f"density: must be in (0, 1], got {self.density}")
+        steps = self.warmup_steps
+        if not steps > 0:
+            problems.append(f"warmup_steps: must be above 0 (lora_B starts at zero and has no magnitudes), got {steps}")
+        elif steps > 1 and steps % 1:
+            problems.append(f"warmup_steps: whole steps, or a fraction below 1; got {steps}")
+        if not self.omega > 0:
+            problems.append(f"omega: must be above 0, got {self.omega}")
+        for name in ("alpha", "beta"):
+            if not getattr(self, name) >= 0:
+                problems.append(f"{name}: must not be negative, got {getattr(self, name)}")
         if self.reduction not in ("mean", "sum"):
             problems.append(f"reduction: must be mean or sum, got {self.reduction!r}")
         for name in ("prune", "regularize", "connector"):
@@ -175,27 +190,6 @@ class SculptConfig:
                 problems.append(f"{name}: {getattr(self, name)!r} is not a regular expression ({error})")
         if problems:
             raise UserError(problems)
-
-
-def sculpt_problems(
-    density: float, warmup_steps: float, omega: float, alpha: float, beta: float, prefix: str = ""
-) -> list[str]:
-    """What is impossible about the method's numbers, one message each; their names begin with `prefix`."""
-    problems = []
-    if not 0 < density <= 1:
-        problems.append(f"{prefix}density: must be in (0, 1], got {density}")
-    if not warmup_steps > 0:
-        problems.append(
-            f"{prefix}warmup_steps: must be above 0 (lora_B starts at zero and has no magnitudes), got {warmup_steps}"
-        )
-    elif warmup_steps > 1 and warmup_steps % 1:
-        problems.append(f"{prefix}warmup_steps: whole steps, or a fraction below 1; got {warmup_steps}")
-    if not omega > 0:
-        problems.append(f"{prefix}omega: must be above 0, got {omega}")
-    for name, value in (("alpha", alpha), ("beta", beta)):
-        if not value >= 0:
-            problems.append(f"{prefix}{name}: must not be negative, got {value}")
-    return problems
 
 
 @dataclass
@@ -256,6 +250,14 @@ class Config:
         """Whether masks are made: LoRASculpt, unless every entry is kept."""
         return self.sculpt.method == LORASCULPT and self.sculpt.sculpt_density < 1
 
+    def optimizer_steps(self, samples: int, processes: int) -> int:
+        """Optimizer steps of the whole run, by the Trainer's own rule (partial batches and partial steps count)."""
+        if self.training.max_steps > 0:
+            return self.training.max_steps
+        batches = math.ceil(math.ceil(samples / processes) / self.training.per_device_train_batch_size)
+        per_epoch = math.ceil(batches / self.training.gradient_accumulation_steps)
+        return math.ceil(self.training.num_train_epochs * per_epoch)
+
     def to_dict(self) -> dict[str, Any]:
         """Flat, JSON-serialisable record of every field (run.json, model card)."""
         flat: dict[str, Any] = {}
@@ -281,8 +283,53 @@ _DOES_NOT_CHANGE_THE_RESULT = frozenset(
     accelerator_config push_to_hub hub_model_id hub_token hub_strategy hub_private_repo hub_revision hub_always_push
     per_device_train_batch_size gradient_accumulation_steps activation_checkpointing gradient_checkpointing
     include_num_input_tokens_seen use_cpu ignore_plan deepspeed model_name_or_path data_path image_folder
+    eval_data_path eval_image_folder eval_strategy eval_steps eval_delay eval_on_start do_eval
+    per_device_eval_batch_size eval_accumulation_steps
     """.split()
 )
+
+
+# Hugging Face's own flags that most runs set: listed with ours in the help.
+_OFTEN_SET = (
+    "per_device_train_batch_size gradient_accumulation_steps max_steps bf16 activation_checkpointing deepspeed "
+    "weight_decay save_steps eval_strategy eval_steps disable_tqdm report_to seed push_to_hub hub_model_id"
+).split()
+
+
+def help_text() -> str:
+    """All flags of training in groups, each with its default and help; of Hugging Face's own the first sentence."""
+    training = {f.name: f for f in dataclasses.fields(TrainingArguments)}
+    own = [name for name in training if name in TrainingArguments.__annotations__] + _OFTEN_SET
+    groups: dict[str, list[Any]] = {
+        "model": list(dataclasses.fields(ModelArguments)),
+        "data": list(dataclasses.fields(DataArguments)),
+        "method": list(dataclasses.fields(SculptArguments)),
+        "training": [training[name] for name in own],
+        "Hugging Face's own (TrainingArguments)": [f for name, f in training.items() if name not in own],
+    }
+    lines = [
+        "usage: llava-sculpt train --config FILE.yaml [--key value ...]",
+        "",
+        "Every flag is also a key of the YAML file, and wins over it. An interrupted run continues when the same",
+        "command is given again. `llava-sculpt plan` with the same flags says how much memory the run needs.",
+    ]
+    for title, fields in groups.items():
+        lines += ["", f"{title}:"]
+        for f in fields:
+            text = " ".join(f.metadata.get("help", "").replace("%%", "%").split())
+            if f.name in training and f.name not in TrainingArguments.__annotations__:
+                text = re.split(r"(?<=[^.]{3}\.)\s+(?=[A-Z`(])", text)[0]
+            choices = "|".join(str(choice) for choice in f.metadata.get("choices", ()))
+            default = getattr(f.default, "value", f.default)
+            shown = "" if default in (None, dataclasses.MISSING) else f" (default {default})"
+            shown = " (required)" if default == "" else shown
+            lines += textwrap.wrap(
+                f"--{f.name}{' ' * bool(choices)}{choices}  {text}{shown}",
+                100,
+                initial_indent="  ",
+                subsequent_indent=" " * 6,
+            )
+    return "\n".join(lines)
 
 
 def _parser() -> HfArgumentParser:
@@ -290,7 +337,7 @@ def _parser() -> HfArgumentParser:
     return HfArgumentParser(parts, allow_abbrev=False, exit_on_error=False)
 
 
-def read_yaml(path: Path, problems: list[str]) -> dict[str, Any]:
+def _read_yaml(path: Path, problems: list[str]) -> dict[str, Any]:
     """The keys of a configuration file; what is wrong with it is added to `problems`."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -306,13 +353,16 @@ def read_yaml(path: Path, problems: list[str]) -> dict[str, Any]:
     return values
 
 
-def read_command_line(argv: list[str], problems: list[str]) -> tuple[dict[str, Any], str | None]:
+def _read_command_line(argv: list[str], problems: list[str]) -> tuple[dict[str, Any], str | None]:
     """`--key value`, `--key=value` and `--flag` -> ({key: value or list}, the --config path)."""
     values: dict[str, Any] = {}
     tokens = list(argv)
     while tokens:
         token = tokens.pop(0)
         if not token.startswith("--"):
+            file = tokens.pop(0) if token == "-c" and tokens else token
+            if file.endswith((".yaml", ".yml")):
+                raise UserError(f"command line: {file!r} does not belong to a flag; did you mean --config {file}?")
             problems.append(f"command line: {token!r} does not belong to a flag (flags begin with --)")
             continue
         key, equals, inline = token[2:].partition("=")
@@ -347,29 +397,38 @@ def _convert(parser: HfArgumentParser, source: str, key: str, value: Any, proble
     else:
         words = [str(value)]
     try:
-        parsed, _ = parser.parse_known_args([f"--{key}={words[0]}"] if len(words) == 1 else [f"--{key}", *words])
+        parsed, rest = parser.parse_known_args([f"--{key}={words[0]}"] if len(words) == 1 else [f"--{key}", *words])
     except (argparse.ArgumentError, ValueError, TypeError) as error:
         message = error.message if isinstance(error, argparse.ArgumentError) else str(error)
         problems.append(f"{source}: {key}: {message}")
         return {}
+    if rest and key == "report_to":  # a string or a list of them, of which the parser takes one
+        return {key: words}
+    if rest:
+        problems.append(f"{source}: {key}: takes one value, got {' '.join(words)}")
     return {key: getattr(parsed, key)}
 
 
-def parse_config(argv: list[str]) -> Config:
+def parse_config(argv: list[str], *, elsewhere: bool = False) -> Config:
     """Command line (`--config FILE.yaml` and overrides) -> validated configuration.
+
+    Args:
+        elsewhere: the run is for another machine: its data, folders, GPU, DeepSpeed and packages need not be here.
+            Nothing is opened and no process group is started; `deepspeed` stays as it was given.
 
     Raises:
         UserError: one error listing every unknown key, wrong type and impossible value of file and command line.
     """
     problems: list[str] = []
-    overrides, config_file = read_command_line(argv, problems)
-    from_file = read_yaml(Path(config_file), problems) if config_file else {}
+    overrides, config_file = _read_command_line(argv, problems)
+    from_file = _read_yaml(Path(config_file), problems) if config_file else {}
     parser = _parser()
     values: dict[str, Any] = {}
     for source, given in ((str(config_file), from_file), ("command line", overrides)):
         for key, value in given.items():
             values.update(_convert(parser, source, str(key), value, problems))
-    values.setdefault("report_to", "none")
+    reports = values.get("report_to") or "none"
+    values["report_to"] = reports if isinstance(reports, list) else [reports]
 
     parts: list[Any] = []
     for kind in (ModelArguments, DataArguments, SculptArguments):
@@ -377,13 +436,21 @@ def parse_config(argv: list[str]) -> Config:
         parts.append(kind(**{k: v for k, v in values.items() if k in names}))
     model, data, sculpt = parts
     problems += _impossible_values(model, data, sculpt, values)
+    if not elsewhere:
+        problems += _missing_here(model, data, values)
     training_values = {k: v for k, v in values.items() if k in {f.name for f in dataclasses.fields(TrainingArguments)}}
+    if elsewhere:
+        training_values |= {"use_cpu": True, "tf32": None, "deepspeed": None}
+    else:
+        training_values |= _cpu_processes(bool(values.get("deepspeed")))
     try:
-        training = TrainingArguments(**training_values, **_cpu_processes(bool(values.get("deepspeed"))))
+        training = TrainingArguments(**training_values)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError([*problems, f"training arguments: {' '.join(str(error).split())}"]) from error
     if problems:
         raise UserError(problems)
+    if elsewhere:
+        training.deepspeed = values.get("deepspeed")
     return Config(model, data, sculpt, training)
 
 
@@ -409,20 +476,8 @@ def _impossible_values(
     model: ModelArguments, data: DataArguments, sculpt: SculptArguments, values: dict[str, Any]
 ) -> list[str]:
     problems = []
-    required = {
-        "model_name_or_path": model.model_name_or_path,
-        "data_path": data.data_path,
-        "image_folder": data.image_folder,
-        "output_dir": values.get("output_dir"),
-    }
-    problems += [f"{name}: required, give it in the YAML or as --{name}" for name, v in required.items() if not v]
-    if data.data_path and not os.path.isfile(data.data_path):
-        problems.append(f"data_path: no such file: {data.data_path}")
-    if data.image_folder and not os.path.isdir(data.image_folder):
-        problems.append(f"image_folder: no such folder: {data.image_folder}")
-    deepspeed = values.get("deepspeed")
-    if isinstance(deepspeed, str) and deepspeed.endswith(".json") and not os.path.isfile(deepspeed):
-        problems.append(f"deepspeed: no such file: {deepspeed}")
+    if not model.model_name_or_path:
+        problems.append("model_name_or_path: required, give it in the YAML or as --model_name_or_path")
     if model.lora_r < 1:
         problems.append(f"lora_r: must be at least 1, got {model.lora_r}")
     if model.lora_alpha is not None and model.lora_alpha <= 0:
@@ -430,7 +485,7 @@ def _impossible_values(
     if not 0 <= model.lora_dropout < 1:
         problems.append(f"lora_dropout: must be in [0, 1), got {model.lora_dropout}")
     problems += sculpt.problems()
-    if sculpt.method != "sculpt" and model.connector == "sculpt":
+    if sculpt.method != LORASCULPT and model.connector == "sculpt":
         problems.append("connector: sculpt needs method: sculpt (use connector: lora)")
     if values.get("fp16") and not torch.cuda.is_available():
         problems.append("fp16: needs a GPU; use bf16 or neither")
@@ -442,4 +497,40 @@ def _impossible_values(
         value = values.get(name)
         if value is not None and value < 1:
             problems.append(f"{name}: must be at least 1, got {value}")
+    known = list(integration_utils.INTEGRATION_TO_CALLBACK)
+    for name in values["report_to"]:
+        if name not in (*known, "all", "none"):
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}, all, none"
+            problems.append(f"report_to: unknown {name!r}; {hint}")
+    evaluates = values.get("eval_strategy", "no") != "no"
+    if evaluates and not data.eval_data_path:
+        problems.append("eval_strategy: needs held-out samples: give their LLaVA JSON as --eval_data_path")
+    if data.eval_data_path and not evaluates:
+        problems.append("eval_data_path: is read only with --eval_strategy steps or epoch")
+    if values.get("load_best_model_at_end"):
+        problems.append("load_best_model_at_end: a run ends with its last step's weights, whose masks are saved")
+    return problems
+
+
+def _missing_here(model: ModelArguments, data: DataArguments, values: dict[str, Any]) -> list[str]:
+    """What a run needs of this machine and does not find."""
+    problems = [
+        f"{name}: required, give it in the YAML or as --{name}"
+        for name in ("data_path", "image_folder", "output_dir")
+        if not values.get(name)
+    ]
+    for name, path in (("data_path", data.data_path), ("eval_data_path", data.eval_data_path)):
+        if path and not os.path.isfile(path):
+            problems.append(f"{name}: no such file: {path}")
+    for name, path in (("image_folder", data.image_folder), ("eval_image_folder", data.eval_image_folder)):
+        if path and not os.path.isdir(path):
+            problems.append(f"{name}: no such folder: {path}")
+    deepspeed = values.get("deepspeed")
+    if isinstance(deepspeed, str) and deepspeed.endswith(".json") and not os.path.isfile(deepspeed):
+        problems.append(f"deepspeed: no such file: {deepspeed}")
+    installed = integration_utils.get_available_reporting_integrations()
+    for name in values["report_to"]:
+        if name in integration_utils.INTEGRATION_TO_CALLBACK and name not in (*installed, "flyte"):
+            problems.append(f"report_to: {name} is not installed here: pip install {name}")
     return problems

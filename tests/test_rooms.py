@@ -18,7 +18,7 @@ BELOW = {
     "tasks": {"errors", "names", "records", "data"},
     "evaluation": {"errors", "names", "records", "data", "model", "tasks"},
     "train": {"errors", "names", "records", "config", "data", "sculpt", "methods", "model", "artifacts", "memory"},
-    "llava_patch": {"errors", "config", "train"},
+    "llava_patch": {"errors", "names", "config", "train"},
     "tiny": {"errors", "data", "tasks"},
     "experiments": {
         "errors",

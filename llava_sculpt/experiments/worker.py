@@ -47,10 +47,10 @@ def check_inputs(runs: list[Run]) -> dict[str, Any]:
     Raises:
         UserError: everything that is wrong.
     """
+    from llava_sculpt.config import parse_config
     from llava_sculpt.evaluation.run import load_tasks
     from llava_sculpt.experiments.finetune import DATA, MODEL, missing_for_paper, training_data
     from llava_sculpt.experiments.tiny_data import prepare_tiny_world
-    from llava_sculpt.memory.plan import parse_plan_config
     from llava_sculpt.model.checkpoint import find_base_checkpoint
     from llava_sculpt.records import file_sha256
 
@@ -60,7 +60,7 @@ def check_inputs(runs: list[Run]) -> dict[str, Any]:
     trainings = {json.dumps(run.trained_identity): run for run in runs if run.method != ZERO_SHOT}
     for run in trainings.values():
         try:
-            parse_plan_config(["--config", str(run.config_file), *run.train_flags()])
+            parse_config(["--config", str(run.config_file), *run.train_flags()], elsewhere=True)
         except UserError as error:
             problems += [f"{run.name}: {problem}" for problem in error.problems]
     if scale == "paper":

@@ -12,6 +12,7 @@ from transformers import set_seed
 
 from llava_sculpt.config import SculptArguments
 from llava_sculpt.errors import UserError
+from llava_sculpt.names import LORA, LORASCULPT
 
 
 @dataclass
@@ -24,7 +25,7 @@ class TrainingArguments(SculptArguments, llava_train.TrainingArguments):
 
     def __post_init__(self: Any) -> None:
         problems = self.problems()
-        if self.method not in ("sculpt", "lora"):
+        if self.method not in (LORASCULPT, LORA):
             problems.append(f"method: {self.method} runs in the main front end only (llava-sculpt train)")
         if not self.lora_enable:
             problems.append("lora_enable: must be True: the method works on LoRA")

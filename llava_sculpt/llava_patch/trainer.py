@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from llava_sculpt.errors import UserError
 from llava_sculpt.llava_patch.arguments import TrainingArguments
+from llava_sculpt.names import LORA
 from llava_sculpt.train.mixin import LossTerm, SculptMixin
 
 # The original's names; its connector never has LoRA, so Eq. 10 has nothing to act on.
@@ -108,7 +109,7 @@ class SculptTrainer(SculptMixin, PatchedTrainer):
 
 def make_trainer(model: Any, args: TrainingArguments, **kwargs: Any) -> PatchedTrainer:
     """The trainer of `--method`, called by LLaVA's train() in place of LLaVATrainer."""
-    if args.method == "lora":
+    if args.method == LORA:
         return PatchedTrainer(model=model, args=args, **kwargs)
     sculpt = args.to_config(prune=LLM, regularize=REGULARIZED_LLM, connector=None)
     return SculptTrainer(model=model, args=args, sculpt=sculpt, **kwargs)

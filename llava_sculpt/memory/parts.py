@@ -205,11 +205,8 @@ class Setup:
     @property
     def frozen(self) -> int:
         """Entries of the base model that do not train."""
-        return self.architecture.parameters - (self.architecture.connector_parameters if self._connector_trains else 0)
-
-    @property
-    def _connector_trains(self) -> bool:
-        return self.connector == "full"
+        sizes = self.architecture
+        return sizes.parameters - (sizes.connector_parameters if self.connector == "full" else 0)
 
 
 def memory_parts(setup: Setup) -> dict[str, int]:
@@ -224,7 +221,7 @@ def memory_parts(setup: Setup) -> dict[str, int]:
         "masks": setup.llm_lora if setup.masked else 0,  # one bool per entry of A and B
         "regularizer (CMR)": regularizer(setup),
         "saved activations": saved,
-        "working memory": max(moments(setup).values()) - saved,
+        "working memory": max(activation_peaks(setup).values()) - saved,
         "CUDA, libraries, fragmentation": OUTSIDE_BYTES,
     }
 
@@ -351,7 +348,7 @@ def layer_saved(setup: Setup) -> int:
     return norms + attention + mlp + rank + _lora_inputs(setup)
 
 
-def moments(setup: Setup) -> dict[str, int]:
+def activation_peaks(setup: Setup) -> dict[str, int]:
     """Activations alive at the moments that can be the peak of a step, in bytes, saved ones included."""
     sizes, e, N = setup.architecture, setup.width, setup.tokens
     saved = saved_activations(setup)

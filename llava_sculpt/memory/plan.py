@@ -1,37 +1,41 @@
 """`llava-sculpt plan`: memory, steps and arithmetic of a run, before anything of it is loaded.
 
-The parts come from `memory.py`. A GPU of "24 GB" is taken as 24 * 10^9 bytes: cards sold as 24 GB show between
+The parts come from `parts.py`. A GPU of "24 GB" is taken as 24 * 10^9 bytes: cards sold as 24 GB show between
 22.5 GiB (A10, L4) and 24 GiB (RTX 4090), and 24 * 10^9 bytes are 22.4 GiB. Sizes are printed in GiB.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
-import math
 import statistics
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava_sculpt.config import Config, parse_config, read_command_line, read_yaml
-from llava_sculpt.data.conversation import IMAGE_TOKEN_INDEX, encode_record, record_problems
-from llava_sculpt.data.dataset import read_training_file
+from llava_sculpt.config import Config, parse_config
+from llava_sculpt.data.dataset import LlavaDataset, read_training_file
+from llava_sculpt.data.images import ImagePreprocessor
 from llava_sculpt.data.tokenizer import LlavaTokenizer
 from llava_sculpt.errors import UserError
-from llava_sculpt.memory.parts import Architecture, Setup, Zero, memory_parts, moments, step_flops
+from llava_sculpt.memory.parts import Architecture, Setup, Zero, activation_peaks, memory_parts, step_flops
 from llava_sculpt.model.from_original import CLIP_L_336, hf_config, is_original, known_tower
-from llava_sculpt.names import PENALTIES
+from llava_sculpt.model.shards import read_config
+from llava_sculpt.names import LORASCULPT, PENALTIES
 
 GIB = 2**30
 GB = 10**9
 ASSUMED_SAMPLES = 10_000  # the size of the paper's training sets
-_SHORTEST_TEXT = 64  # tokens that a shorter model_max_length must leave beside the image
-_LOWEST_RANK = 8
-_OUR_BUCKETS = functools.partial(Zero, reduce_bucket=50_000_000, overlap=True)  # as in configs/zero*.json
+# What makes a run smaller: same result but slower, then rounded weights, then another result.
+SMALLER = (
+    "--per_device_train_batch_size 1 with more --gradient_accumulation_steps",
+    "--activation_checkpointing true",
+    "--deepspeed configs/zero3.json on several GPUs",
+    "--bits 4",
+    "--deepspeed configs/zero3_offload.json (very slow)",
+    "a lower --model_max_length or --lora_r",
+)
 
 # Public facts of the two checkpoints; what is not named has the default of LlavaConfig.
 _KNOWN_TEXT = {
@@ -49,7 +53,7 @@ class Plan:
     Attributes:
         setup: the sizes behind it; `setup.length` is the longest sample's.
         parts: bytes per GPU by part, at the worst moment of a step.
-        moments: bytes of activations at each moment that could be the worst.
+        peaks: bytes of activations at each moment that could be the worst.
         samples, steps: of the training set; optimizer steps of the whole run.
         typical_length: median tokens per sample, None when the data was not read.
         total_tokens: of the whole run; without data every sample counts with `setup.length`.
@@ -58,7 +62,7 @@ class Plan:
 
     setup: Setup
     parts: dict[str, int]
-    moments: dict[str, int]
+    peaks: dict[str, int]
     samples: int
     steps: int
     typical_length: int | None
@@ -95,13 +99,13 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, JSON-serialisable; memory in bytes."""
-        worst = max(self.moments, key=lambda name: self.moments[name])
+        worst = max(self.peaks, key=lambda name: self.peaks[name])
         return {
             "parts": self.parts,
             "total": self.total,
             "typical_total": self.typical_total,
             "worst_moment": worst,
-            "moments": self.moments,
+            "moments": self.peaks,
             "samples": self.samples,
             "steps": self.steps,
             "longest": self.setup.length,
@@ -116,19 +120,6 @@ class Plan:
             "trainable_parameters": self.setup.trainable,
             "notes": list(self.notes),
         }
-
-
-@dataclass(frozen=True)
-class Remedy:
-    """A change of the configuration that makes a run smaller."""
-
-    flags: str
-    setup: Setup
-
-    @property
-    def total(self) -> int:
-        """Bytes per GPU after the change."""
-        return sum(memory_parts(self.setup).values())
 
 
 def make_plan(
@@ -155,7 +146,7 @@ def make_plan(
     arguments, model, sculpt = config.training, config.model, config.sculpt
     if zero == 3 and model.bits < 16:
         raise UserError(f"bits: {model.bits} does not go with ZeRO-3; use ZeRO-2, or bits: 16")
-    is_sculpt = sculpt.method == "sculpt"
+    is_sculpt = sculpt.method == LORASCULPT
     cut = [min(abs(length), arguments.model_max_length) for length in lengths or ()]
     architecture = Architecture.from_config(checkpoint_config)
     setup = Setup(
@@ -176,12 +167,12 @@ def make_plan(
         length=max(cut, default=arguments.model_max_length),
         checkpointing=bool(arguments.activation_checkpointing),
     )
-    steps = optimizer_steps(config, samples, gpus)
+    steps = config.optimizer_steps(samples, gpus)
     samples_seen = steps * setup.batch * setup.accumulation * gpus
     return Plan(
         setup=setup,
         parts=memory_parts(setup),
-        moments=moments(setup),
+        peaks=activation_peaks(setup),
         samples=samples,
         steps=steps,
         typical_length=int(statistics.median(cut)) if cut else None,
@@ -194,114 +185,14 @@ def check_fits(plan: Plan, gpu_bytes: int) -> None:
     """Do nothing if the plan fits a GPU of so many bytes.
 
     Raises:
-        UserError: it does not; one message with what it needs and the least harmful change that would fit.
+        UserError: it does not; one message with what it needs and what makes a run smaller.
     """
-    if plan.fits(gpu_bytes):
-        return
-    remedy = find_remedy(plan.setup, gpu_bytes)
-    what = "nothing tried here makes it fit" if remedy is None else f"{remedy.flags} needs {_gib(remedy.total)}"
-    raise UserError(
-        f"this run needs about {_gib(plan.total)} per GPU and the GPU has {_gib(gpu_bytes)}; {what} "
-        "(`llava-sculpt plan` shows the parts; --ignore_plan true starts it all the same)"
-    )
-
-
-def find_remedy(setup: Setup, gpu_bytes: int) -> Remedy | None:
-    """The first change that fits, the least harmful tried first; None if none does.
-
-    In this order: a smaller micro-batch at the same global batch, activation checkpointing and ZeRO-3 (same result,
-    slower), 4-bit base weights, ZeRO-3 with weights in the host's memory (same result, very slow), shorter samples,
-    a lower rank (another result). Each is tried alone; if none is enough, each on top of those before it.
-    """
-    for tried in (_alone(setup), _together(setup)):
-        for remedy in tried:
-            if remedy.total <= gpu_bytes:
-                return remedy
-    return None
-
-
-def _alone(setup: Setup) -> Iterator[Remedy]:
-    for change in _CHANGES:
-        yield from change(setup)
-
-
-def _together(setup: Setup) -> Iterator[Remedy]:
-    flags: list[str] = []
-    for change in _CHANGES:
-        last = None
-        for remedy in change(setup):
-            last = remedy
-            yield Remedy(" ".join([*flags, remedy.flags]), remedy.setup)
-        if last is not None:
-            setup = last.setup
-            flags.append(last.flags)
-
-
-def _smaller_batches(setup: Setup) -> Iterator[Remedy]:
-    for batch in range(setup.batch - 1, 0, -1):
-        if setup.batch % batch == 0:
-            accumulation = setup.accumulation * setup.batch // batch
-            yield Remedy(
-                f"--per_device_train_batch_size {batch} --gradient_accumulation_steps {accumulation}",
-                dataclasses.replace(setup, batch=batch, accumulation=accumulation),
-            )
-
-
-def _checkpointing(setup: Setup) -> Iterator[Remedy]:
-    if not setup.checkpointing:
-        yield Remedy("--activation_checkpointing true", dataclasses.replace(setup, checkpointing=True))
-
-
-def _zero3(setup: Setup) -> Iterator[Remedy]:
-    # Quantised weights cannot be split; one GPU has nothing to split with.
-    if setup.bits == 16 and setup.stage < 3 and setup.gpus > 1:
-        yield Remedy("--deepspeed configs/zero3.json", dataclasses.replace(setup, zero=_OUR_BUCKETS(3)))
-
-
-def _offload(setup: Setup) -> Iterator[Remedy]:
-    if setup.bits == 16 and not (setup.zero and setup.zero.offload_weights):
-        zero = dataclasses.replace(_OUR_BUCKETS(3), offload_weights=True, offload_optimizer=True)
-        yield Remedy("--deepspeed configs/zero3_offload.json", dataclasses.replace(setup, zero=zero))
-
-
-def _four_bits(setup: Setup) -> Iterator[Remedy]:
-    if setup.bits > 4 and setup.stage < 3:
-        yield Remedy("--bits 4", dataclasses.replace(setup, bits=4))
-
-
-def _shorter(setup: Setup) -> Iterator[Remedy]:
-    shortest = setup.architecture.image_tokens + _SHORTEST_TEXT
-    for length in range(setup.length // 256 * 256, shortest - 1, -256):
-        if length < setup.length:
-            yield Remedy(f"--model_max_length {length}", dataclasses.replace(setup, length=length))
-
-
-def _lower_rank(setup: Setup) -> Iterator[Remedy]:
-    r = setup.lora_r // 2
-    while r >= _LOWEST_RANK:
-        yield Remedy(f"--lora_r {r}", dataclasses.replace(setup, lora_r=r))
-        r //= 2
-
-
-_CHANGES: tuple[Callable[[Setup], Iterator[Remedy]], ...] = (
-    _smaller_batches,
-    _checkpointing,
-    _zero3,
-    _four_bits,
-    _offload,
-    _shorter,
-    _lower_rank,
-)
-
-
-def optimizer_steps(config: Config, samples: int, processes: int) -> int:
-    """Optimizer steps of the whole run, by the Trainer's own rule (partial batches and partial steps count)."""
-    arguments = config.training
-    if arguments.max_steps > 0:
-        return arguments.max_steps
-    batches = math.ceil(math.ceil(samples / processes) / arguments.per_device_train_batch_size)
-    per_epoch = math.ceil(batches / arguments.gradient_accumulation_steps)
-    return math.ceil(arguments.num_train_epochs * per_epoch)
+    if not plan.fits(gpu_bytes):
+        raise UserError(
+            f"this run needs about {_gib(plan.total)} per GPU and the GPU has {_gib(gpu_bytes)}; what makes it "
+            f"smaller, the least harmful first: {'; '.join(SMALLER)} "
+            "(`llava-sculpt plan` shows the parts; --ignore_plan true starts it all the same)"
+        )
 
 
 def _notes(config: Config, setup: Setup, *, read_lengths: bool) -> Iterator[str]:
@@ -346,32 +237,27 @@ def _zero_section(deepspeed: str | dict[str, Any] | None) -> dict[str, Any] | No
 
 def _zero(deepspeed: str | dict[str, Any] | None, stage: int, hidden: int) -> Zero:
     """Bucket sizes of the configuration; another stage than it names, or none, gets this repository's."""
-    section = _zero_section(deepspeed) if deepspeed and _is_there(deepspeed) else None
+    section = None if isinstance(deepspeed, str) and not Path(deepspeed).is_file() else _zero_section(deepspeed)
     if section is None or section.get("stage") != stage:
-        return _OUR_BUCKETS(stage)
+        return Zero(stage, reduce_bucket=50_000_000, overlap=True)  # as in configs/zero*.json
+
+    def elements(key: str, default: int, auto: int) -> int:
+        value = section.get(key, default)
+        return auto if value == "auto" else int(float(value))
+
+    def offloads(key: str) -> bool:
+        return (section.get(key) or {}).get("device", "none") != "none"
+
     # DeepSpeed's defaults; "auto" is what Hugging Face's integration puts in its place.
     return Zero(
         stage,
-        reduce_bucket=_elements(section, "reduce_bucket_size", 500_000_000, hidden * hidden),
+        reduce_bucket=elements("reduce_bucket_size", 500_000_000, hidden * hidden),
         overlap=bool(section.get("overlap_comm", stage == 3)),
-        prefetch_bucket=_elements(section, "stage3_prefetch_bucket_size", 50_000_000, hidden * hidden * 9 // 10),
-        persistence_threshold=_elements(section, "stage3_param_persistence_threshold", 100_000, 10 * hidden),
-        offload_weights=_goes_to_host(section, "offload_param"),
-        offload_optimizer=_goes_to_host(section, "offload_optimizer"),
+        prefetch_bucket=elements("stage3_prefetch_bucket_size", 50_000_000, hidden * hidden * 9 // 10),
+        persistence_threshold=elements("stage3_param_persistence_threshold", 100_000, 10 * hidden),
+        offload_weights=offloads("offload_param"),
+        offload_optimizer=offloads("offload_optimizer"),
     )
-
-
-def _goes_to_host(section: dict[str, Any], key: str) -> bool:
-    return (section.get(key) or {}).get("device", "none") != "none"
-
-
-def _is_there(deepspeed: str | dict[str, Any]) -> bool:
-    return isinstance(deepspeed, dict) or Path(deepspeed).is_file()
-
-
-def _elements(section: dict[str, Any], key: str, default: int, auto: int) -> int:
-    value = section.get(key, default)
-    return auto if value == "auto" else int(float(value))
 
 
 def read_checkpoint_config(name_or_path: str) -> dict[str, Any]:
@@ -380,24 +266,21 @@ def read_checkpoint_config(name_or_path: str) -> dict[str, Any]:
     Raises:
         UserError: none of these.
     """
-    file = Path(name_or_path) / "config.json"
-    if not file.is_file() and name_or_path.count("/") == 1:
+    folder = Path(name_or_path)
+    if not (folder / "config.json").is_file() and name_or_path.count("/") == 1:
         from huggingface_hub import try_to_load_from_cache
 
         try:
             cached: object = try_to_load_from_cache(name_or_path, "config.json")
         except ValueError:  # not a possible Hub id
             cached = None
-        file = Path(cached) if isinstance(cached, str) else file
-    if file.is_file():
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{file}: not readable as JSON: {error}") from error
-        if isinstance(found, dict) and is_original(found):
-            return hf_config(found, known_tower(file.parent, found["mm_vision_tower"]))
-        if not isinstance(found, dict) or found.get("model_type") != "llava":
-            raise UserError(f"{file}: not the config.json of a LLaVA-1.5 model (model_type is not 'llava')")
+        folder = Path(cached).parent if isinstance(cached, str) else folder
+    if (folder / "config.json").is_file():
+        found = read_config(folder)
+        if is_original(found):
+            return hf_config(found, known_tower(folder, found["mm_vision_tower"]))
+        if found.get("model_type") != "llava":
+            raise UserError(f"{folder / 'config.json'}: not a LLaVA-1.5 model's (model_type is not 'llava')")
         return found
     if name_or_path in _KNOWN_TEXT:
         hidden, layers, heads, intermediate = _KNOWN_TEXT[name_or_path]
@@ -421,52 +304,23 @@ def read_checkpoint_config(name_or_path: str) -> dict[str, Any]:
     )
 
 
-def parse_plan_config(argv: list[str]) -> Config:
-    """`parse_config` for a machine without the run's data, GPU or DeepSpeed: those flags are not acted upon.
-
-    Nothing is opened and no process group is started. `data_path`, `image_folder` and `deepspeed` are in the
-    result as they were given.
-
-    Raises:
-        UserError: every other problem of file and command line.
-    """
-    problems: list[str] = []
-    flags, file = read_command_line(argv, problems)
-    given = {**(read_yaml(Path(file), problems) if file else {}), **flags}
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "data.json").touch()
-        stand_ins = {"data_path": f"{folder}/data.json", "image_folder": folder, "output_dir": folder}
-        stand_ins |= {"use_cpu": "true", "tf32": "false", "deepspeed": ""}
-        config = parse_config([*argv, *(f"--{key}={value}" for key, value in stand_ins.items())])
-    config.data.data_path = str(given.get("data_path") or "")
-    config.data.image_folder = str(given.get("image_folder") or "")
-    config.training.output_dir = str(given.get("output_dir") or "")
-    config.training.deepspeed = given.get("deepspeed") or None
-    return config
-
-
 def _read_lengths(config: Config, image_tokens: int) -> tuple[int, list[int] | None]:
     """Samples, and tokens of each, of the training file; assumed and None where it or the tokenizer is missing."""
     path = Path(config.data.data_path)
     if not path.is_file():
         return ASSUMED_SAMPLES, None
-    records = read_training_file(path)
     base = Path(config.model.model_name_or_path)
-    if not (base / "tokenizer.model").is_file():
-        return len(records), None
-    tokenizer = LlavaTokenizer.from_dir(base)
-    lengths = []
-    for number, record in enumerate(records, start=1):
-        problems = record_problems(record)
-        if problems:
-            raise UserError(f"{path}: record {number} of {len(records)}: {problems[0]}")
-        ids, _ = encode_record(record, tokenizer)
-        lengths.append(len(ids) + (image_tokens - 1) * ids.count(IMAGE_TOKEN_INDEX))
-    return len(records), lengths
+    if not all((base / name).is_file() for name in ("tokenizer.model", "preprocessor_config.json")):
+        return len(read_training_file(path)), None
+    tokenizer, preprocessor = LlavaTokenizer.from_dir(base), ImagePreprocessor.from_dir(base)
+    dataset = LlavaDataset(path, None, tokenizer, preprocessor, config.training.model_max_length, image_tokens)
+    return len(dataset), dataset.modality_lengths
 
 
 def run_plan(argv: list[str], gpus: int, gpu_memory: float, zero: int | None, *, as_json: bool) -> int:
     """Print the plan of a training command line; returns 0, whether it fits or not.
+
+    As JSON: the keys of `Plan.to_dict`, `gpu_bytes`, `fits`, and `hints`: what makes the run smaller if it does not.
 
     Args:
         argv: `--config FILE.yaml` and any flag of training.
@@ -478,24 +332,23 @@ def run_plan(argv: list[str], gpus: int, gpu_memory: float, zero: int | None, *,
     """
     if gpus < 1 or not gpu_memory > 0:
         raise UserError(f"--gpus must be at least 1 and --gpu_memory above 0, got {gpus} and {gpu_memory}")
-    config = parse_plan_config(argv)
+    config = parse_config(argv, elsewhere=True)
     checkpoint_config = read_checkpoint_config(config.model.model_name_or_path)
     stage = zero if zero is not None else zero_stage(config.training.deepspeed)
     samples, lengths = _read_lengths(config, Architecture.from_config(checkpoint_config).image_tokens)
     plan = make_plan(config, checkpoint_config, gpus, stage, samples, lengths)
     gpu_bytes = int(gpu_memory * GB)
-    remedy = None if plan.fits(gpu_bytes) else find_remedy(plan.setup, gpu_bytes)
     if as_json:
-        found = {**plan.to_dict(), "gpu_bytes": gpu_bytes, "fits": plan.fits(gpu_bytes)}
-        found["remedy"] = None if remedy is None else {"flags": remedy.flags, "total": remedy.total}
+        fits = plan.fits(gpu_bytes)
+        found = {**plan.to_dict(), "gpu_bytes": gpu_bytes, "fits": fits, "hints": [] if fits else SMALLER}
         print(json.dumps(found, indent=2))
     else:
-        print(format_plan(plan, gpu_bytes, remedy))
+        print(format_plan(plan, gpu_bytes))
     return 0
 
 
-def format_plan(plan: Plan, gpu_bytes: int, remedy: Remedy | None) -> str:
-    """The plan as a table, the verdict, and the change that would fit."""
+def format_plan(plan: Plan, gpu_bytes: int) -> str:
+    """The plan as a table, the verdict and, where it does not fit, what makes a run smaller."""
     setup = plan.setup
     engine = "no DeepSpeed" if setup.zero is None else f"ZeRO-{setup.zero.stage}"
     lines = [
@@ -506,7 +359,7 @@ def format_plan(plan: Plan, gpu_bytes: int, remedy: Remedy | None) -> str:
         f"{'per GPU':<34}{'GiB':>8}",
     ]
     lines += [f"{name:<34}{size / GIB:>8.2f}" for name, size in plan.parts.items() if size]
-    worst = max(plan.moments, key=lambda name: plan.moments[name])
+    worst = max(plan.peaks, key=lambda name: plan.peaks[name])
     lines += [f"{'total':<34}{plan.total / GIB:>8.2f}   (worst moment: {worst})"]
     if plan.typical_total is not None:
         lines.append(f"{f'total at {plan.typical_length} tokens (median)':<34}{plan.typical_total / GIB:>8.2f}")
@@ -519,10 +372,8 @@ def format_plan(plan: Plan, gpu_bytes: int, remedy: Remedy | None) -> str:
         "",
         f"{verdict}: needs about {_gib(plan.total)} of {gpu_bytes / GB:g} GB = {_gib(gpu_bytes)} (GB = 10^9 bytes)",
     ]
-    if remedy is not None:
-        lines.append(f"would fit: {remedy.flags} ({_gib(remedy.total)})")
-    elif not plan.fits(gpu_bytes):
-        lines.append("no smaller batch, checkpointing, ZeRO-3, 4 bits, shorter samples or lower rank fits either")
+    if not plan.fits(gpu_bytes):
+        lines += ["what makes a run smaller, the least harmful first:", *(f"  {change}" for change in SMALLER)]
     return "\n".join(lines)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 from transformers.utils import is_bitsandbytes_available
+from transformers.utils.logging import disable_progress_bar
 
 from llava_sculpt.data.images import ImagePreprocessor
 from llava_sculpt.data.tokenizer import LlavaTokenizer
@@ -45,6 +47,8 @@ def load_base(
         UserError: bitsandbytes missing, or a tower of another shape.
     """
     check_bits(bits)
+    if not sys.stderr.isatty():  # a log file gets lines
+        disable_progress_bar()
     options: dict[str, Any] = {}
     if bits != 16:
         options["quantization_config"] = _quantization(bits, dtype, double_quant, quant_type)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,9 @@ from peft.utils.integrations import dequantize_bnb_weight
 from torch import nn
 
 from llava_sculpt.errors import UserError
+
+# PEFT asks every model for it; transformers 5 has renamed it.
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 # Anchored to the LLM: CLIP has q_proj, k_proj and v_proj too.
 LLM_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState
-from transformers import TrainingArguments as HfTrainingArguments
 
 from llava_sculpt.errors import UserError
 from llava_sculpt.model.files import ADAPTER_FILE, MASKS_FILE, read_tensors, write_tensors
 from llava_sculpt.model.lora import LoraPair
 from llava_sculpt.sculpt import SculptSchedule, kept_count, magnitude_mask
+from llava_sculpt.train.console import say
 from llava_sculpt.train.zero import full_value, nonzero_entries, write_masked
 
 
@@ -31,7 +31,7 @@ class SculptCallback(TrainerCallback):
 
     Attributes:
         masks: bool tensors by key in adapter_model.safetensors; empty before the mask step.
-        resume_from: checkpoint whose masks are taken up when training begins.
+        resume_from: checkpoint whose masks are restored when training begins.
     """
 
     def __init__(self, pairs: list[LoraPair], density: float, warmup_steps: float) -> None:
@@ -43,9 +43,7 @@ class SculptCallback(TrainerCallback):
         self._entries = sum(parameter.numel() for parameter in self.parameters.values())
         self._schedule: SculptSchedule | None = None
 
-    def on_train_begin(
-        self, args: HfTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         try:
             self._schedule = SculptSchedule(self.warmup_steps, state.max_steps)
         except ValueError as error:
@@ -54,9 +52,7 @@ class SculptCallback(TrainerCallback):
             check_masks(self.resume_from, state.global_step, self._schedule, self.density)
             self._load(self.resume_from, args.device)
 
-    def on_step_begin(
-        self, args: HfTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         assert self._schedule is not None
         if state.global_step == self._schedule.mask_step and not self.masks:
             optimizer = kwargs["optimizer"]
@@ -69,6 +65,9 @@ class SculptCallback(TrainerCallback):
                     raise UserError(f"step {state.global_step}: {key}: {error}; the training has diverged") from error
                 write_masked(parameter, mask, optimizer)
                 self._hold(key, mask)
+            if state.is_world_process_zero:
+                matrices = f"masks of {len(self.masks)} matrices"
+                say(f"step {state.global_step}: made the {matrices}, density {self.density:g} each, kept from here on")
 
     def _hold(self, key: str, mask: torch.Tensor) -> None:
         self.masks[key] = mask
@@ -80,7 +79,7 @@ class SculptCallback(TrainerCallback):
             write_tensors(folder / MASKS_FILE, {key: mask.cpu() for key, mask in self.masks.items()})
 
     def _load(self, checkpoint: Path, device: torch.device) -> None:
-        """Take up the masks of a checkpoint (none before the mask step), after `check_masks` has passed it."""
+        """Restore the masks of a checkpoint (none before the mask step), after `check_masks` has passed it."""
         if (checkpoint / MASKS_FILE).exists():
             for key, mask in read_tensors(checkpoint / MASKS_FILE).items():
                 self._hold(key, mask.to(device))

@@ -1,45 +1,88 @@
-"""What a person sees while training runs: a progress bar, and one line per log."""
+"""What a person sees while training runs: a bar on a terminal, one line per log, and what the run came to."""
 
 from __future__ import annotations
 
+import shlex
+import sys
+from pathlib import Path
 from typing import Any
 
-from transformers import ProgressCallback, TrainerControl, TrainerState
-from transformers import TrainingArguments as HfTrainingArguments
+from tqdm.auto import tqdm
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
 
+from llava_sculpt.config import Config
 from llava_sculpt.names import METHODS, PENALTIES
 
 
-class ConsoleCallback(ProgressCallback):
-    """Hugging Face's progress bar with readable log lines in place of printed dictionaries."""
+def say(line: str) -> None:
+    """Print a line above any progress bar, at once also into a file."""
+    tqdm.write(line)
+    sys.stdout.flush()
+
+
+class Bar(ProgressCallback):
+    """Hugging Face's progress bar, which leaves the logs to `LogLines`."""
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+class LogLines(TrainerCallback):
+    """One line per log of training or evaluation, in place of printed dictionaries."""
 
     def on_log(
-        self,
-        args: HfTrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **_: Any
     ) -> None:
-        if self.training_bar is not None and logs is not None and "loss" in logs:
-            self.training_bar.write(log_line(state.global_step, state.max_steps, logs))
+        if state.is_world_process_zero and logs is not None and ("loss" in logs or "eval_loss" in logs):
+            say(log_line(state.global_step, state.max_steps, logs))
 
 
 def log_line(step: int, steps: int, logs: dict[str, Any]) -> str:
-    """One log entry as a line: `step 120/375  loss 1.2340  ...`; quantities that were not logged are left out."""
-    width = len(str(steps))
-    parts = [f"step {step:>{width}}/{steps}", f"loss {logs['loss']:.4f}"]
-    for key, label, style in (
-        ("task_loss", "task", ".4f"),
-        ("cmr_llm", "CMR llm", ".3e"),
-        ("cmr_connector", "CMR connector", ".3e"),
-        *((f"{name}_penalty", METHODS[name].label, ".3e") for name in PENALTIES),
-        ("lr_lora", "lr lora", ".1e"),
-        ("lr_connector", "lr connector", ".1e"),
-        ("density", "density", ".3f"),
-        ("grad_norm", "|grad|", ".2f"),
-        ("train_tokens_per_second", "tokens/s", ",.0f"),
+    """One log entry as a line of at most 100 columns; what was not logged is left out.
+
+    `120/375  loss 1.234  task 1.233  CMR 1.2e-3  lr 2.0e-4/2.0e-5  kept 10%  grad 0.51  5012 tok/s`: after a slash
+    the connector's. CMR without a slash is the LLM's; `kept` is the density of the pruned matrices.
+    """
+    parts = [f"{step:>{len(str(steps))}}/{steps}"]
+    for label, keys, style in (
+        ("loss", ("loss",), ".3f"),
+        ("held-out loss", ("eval_loss",), ".4f"),
+        ("task", ("task_loss",), ".3f"),
+        ("CMR", ("cmr_llm", "cmr_connector"), ".1e"),
+        *((METHODS[name].label, (f"{name}_penalty",), ".1e") for name in PENALTIES),
+        ("lr", ("lr_lora", "lr_connector"), ".1e"),
+        ("kept", ("density",), ".0%"),
+        ("grad", ("grad_norm",), ".3g"),
+        ("tok/s", ("train_tokens_per_second",), ".0f"),
     ):
-        if key in logs:
-            parts.append(f"{label} {logs[key]:{style}}")
+        # 1.2e-3, not 1.2e-03
+        values = [f"{logs[key]:{style}}".replace("e-0", "e-").replace("e+0", "e+") for key in keys if key in logs]
+        if values:
+            parts.append(f"{label} {'/'.join(values)}")
     return "  ".join(parts)
+
+
+def closing_block(config: Config, record: dict[str, Any], losses: list[float]) -> str:
+    """What a finished run came to, and the commands that come next.
+
+    Args:
+        record: run.json.
+        losses: what was logged as loss, first to last.
+    """
+    folder, method = Path(config.training.output_dir), METHODS[config.sculpt.method].label
+    seconds, steps = round(record["train_seconds"]), record["steps"]
+    trend = f", loss {losses[0]:.3f} -> {losses[-1]:.3f}" if losses else ""
+    own, merged = shlex.quote(str(folder)), shlex.quote(f"{folder}_merged")
+    after = f"inspect {own}" if config.prunes else f"merge {own} --out {merged}"
+    return "\n".join(
+        [
+            "",
+            f"trained  {method}, rank {config.model.lora_r}, on {config.data.data_path} "
+            f"({record['data']['samples']:,} samples): {steps:,} steps{trend}",
+            f"in       {folder}",
+            f"took     {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}, "
+            f"peak memory {record['peak_memory_bytes'] / 2**30:.2f} GiB",
+            f"next     llava-sculpt eval --model {own} --tasks all",
+            f"         llava-sculpt {after}",
+        ]
+    )

@@ -1,12 +1,12 @@
-"""The method as mixins in front of any Hugging Face Trainer: a loss term, and masks that live in its checkpoints.
+"""The method in front of any Hugging Face Trainer: a loss term, and masks that live in its checkpoints.
 
 `SculptMixin` attaches LoRASculpt to the Trainer of another model, TRL's included:
 
     class MyTrainer(SculptMixin, SFTTrainer): ...
     trainer = MyTrainer(model, args=..., peft_config=..., sculpt=SculptConfig(density=0.1, warmup_steps=100))
 
-LLaVA's own trainers, here and in `llava_patch`, are made of the same parts. They use nothing that transformers 4.37
-does not have, except the two attributes that say how the loss is divided under gradient accumulation.
+LLaVA's own trainers, here and in `llava_patch`, are made the same way. Nothing here needs more than transformers 4.37
+has, except the two attributes that say how the loss is divided under gradient accumulation.
 """
 
 from __future__ import annotations
@@ -94,14 +94,33 @@ class LossTerm(_Base):
         super().log(logs, *args, **kwargs)
 
 
-class Masks(_Base):
-    """Saves the masks with every checkpoint and final adapter, takes them up at a resume, logs the density.
+class SculptMixin(LossTerm):
+    """LoRASculpt in front of a Trainer class: `class MyTrainer(SculptMixin, Trainer)`.
+
+    Adds the conflict regularizer to the loss; makes the masks, saves them with every checkpoint and final adapter, and
+    restores them at a resume; logs the density. At density 1 nothing is pruned and there are no masks.
+
+    Args:
+        sculpt: the method's settings; its patterns say which LoRA layers are pruned and which regularized.
+        Everything else goes to the Trainer, which must hold a PEFT model with LoRA after its own `__init__`.
 
     Attributes:
-        masking: the callback that makes and holds the masks; set in `__init__` and added to the Trainer.
+        masking: the callback that makes and holds the masks.
+
+    Raises:
+        UserError: a pattern matches no LoRA layer, or the model has DoRA.
     """
 
-    masking: SculptCallback
+    def __init__(self, *args: Any, sculpt: SculptConfig, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        pairs = lora_pairs(self.model)
+        if any(pair.magnitude is not None for pair in pairs):
+            raise UserError("LoRASculpt prunes LoRA's A and B; the model has DoRA (use_dora), which it does not cover")
+        self.regularizer = ConflictRegularizer(pairs, sculpt)
+        pruned = matching_pairs(pairs, sculpt.prune, "prune") if sculpt.density < 1 else []
+        self.masking = SculptCallback(pruned, sculpt.density, sculpt.warmup_steps)
+        if pruned:
+            self.add_callback(self.masking)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train, or continue from a checkpoint folder (True: the last one in output_dir) with its masks.
@@ -114,31 +133,10 @@ class Masks(_Base):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs:
+        if "loss" in logs and self.masking.parameters:
             logs["density"] = self.masking.measured_density()
         super().log(logs, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         super()._save(output_dir, state_dict)
         self.masking.save(Path(output_dir or self.args.output_dir))
-
-
-class SculptMixin(Masks, LossTerm):
-    """LoRASculpt in front of a Trainer class: `class MyTrainer(SculptMixin, Trainer)`.
-
-    Args:
-        sculpt: the method's settings; its patterns say which LoRA layers are pruned and which regularized.
-        Everything else goes to the Trainer, which must hold a PEFT model with LoRA after its own `__init__`.
-
-    Raises:
-        UserError: a pattern matches no LoRA layer, or the model has DoRA.
-    """
-
-    def __init__(self, *args: Any, sculpt: SculptConfig, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        pairs = lora_pairs(self.model)
-        if any(pair.magnitude is not None for pair in pairs):
-            raise UserError("LoRASculpt prunes LoRA's A and B; the model has DoRA (use_dora), which it does not cover")
-        self.regularizer = ConflictRegularizer(pairs, sculpt)
-        self.masking = SculptCallback(matching_pairs(pairs, sculpt.prune, "prune"), sculpt.density, sculpt.warmup_steps)
-        self.add_callback(self.masking)

@@ -5,8 +5,8 @@ mean of the processes' gradients, which training takes, is that of the whole ter
 
 A step needs the gradients of a term alone, and its value is a by-product of them. So the term in the loss is a zero
 made before the model's forward: its part of backward then comes after the model's, when the activations are gone, one
-matrix after the other, and nothing is kept. The value is asked for afterwards. Not so where A and B lie in pieces
-(ZeRO-3): they are whole only while backward is at their layer, so the gradients are computed before it and wait.
+matrix after the other, and nothing is kept. The value is read afterwards. Not so where A and B lie in pieces
+(ZeRO-3): they are whole only while backward is at their layer, so the gradients are computed before it and kept.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import distributed as dist
 
-from llava_sculpt.config import Config, SculptConfig
-from llava_sculpt.model.lora import CONNECTOR_TARGETS, LLM_TARGETS, REGULARIZED_LLM, LoraPair, matching_pairs
-from llava_sculpt.names import LORASCULPT, METHODS, PENALTIES
+from llava_sculpt.config import SculptConfig
+from llava_sculpt.model.lora import LoraPair, matching_pairs
+from llava_sculpt.names import METHODS
 from llava_sculpt.sculpt import (
     Norm,
     Retention,
@@ -33,48 +33,39 @@ from llava_sculpt.sculpt import (
 from llava_sculpt.train.zero import gathered, is_partitioned, local_piece
 
 
-class Regularizer(Protocol):
-    """A term of the loss that depends on the weights alone."""
+class Regularizer:
+    """A term of the loss that depends on the weights alone: a weighted sum of sums over matrices.
+
+    Args:
+        sums: weight and sum, by the name that the log has the unweighted sum under.
+    """
+
+    def __init__(self, sums: dict[str, tuple[float, _Sum]]) -> None:
+        self._sums = sums
 
     @property
     def before_forward(self) -> bool:
         """Whether the term is to be made before the model's forward pass, or after it."""
+        return not any(term.in_pieces for _, term in self._sums.values())
 
     def __call__(self) -> torch.Tensor | None:
         """A zero with the gradient of this process's share, weighted; None when nothing is added.
 
         Collective under ZeRO-3.
         """
+        return _total([weight * term() for weight, term in self._sums.values()]) if self._sums else None
 
     def value(self) -> torch.Tensor:
         """The weighted value that the last backward pass went through, the same on every process. Collective."""
+        return _total([weight * term.value() for weight, term in self._sums.values()])
 
     def values(self) -> dict[str, float]:
         """The last unweighted values over all matrices, for the log; the same on every process."""
+        return {name: float(term.last) for name, (_, term) in self._sums.items()}
 
 
-def sculpt_config(config: Config) -> SculptConfig:
-    """The method's settings with the layers of LLaVA-1.5 in Hugging Face's names."""
-    connector = CONNECTOR_TARGETS if config.model.connector == "sculpt" else None
-    return config.sculpt.to_config(prune=LLM_TARGETS, regularize=REGULARIZED_LLM, connector=connector)
-
-
-def make_regularizer(pairs: list[LoraPair], config: Config) -> Regularizer | None:
-    """The term of the configured method; None for those that change no loss."""
-    sculpt = config.sculpt
-    if sculpt.method == LORASCULPT:
-        return ConflictRegularizer(pairs, sculpt_config(config))
-    if sculpt.method in PENALTIES and sculpt.reg_lambda > 0:
-        return SumRegularizer(sculpt.method, pairs, sculpt.reg_lambda)
-    return None
-
-
-class SumRegularizer:
+class SumRegularizer(Regularizer):
     """strength * sum of a penalty over all LoRA pairs, the connector's included: L2-Reg, Orth-Reg.
-
-    The penalty of one pair is `methods/NAME.py`'s `NAME_penalty` of A, B and, where the method asks for it, the whole
-    W; the latter does not run with W in pieces (ZeRO-3), which is refused before training. The others then gather A
-    and B, and every process computes all of it.
 
     Args:
         method: a penalty of `names.METHODS`; the log has its value as `NAME_penalty`.
@@ -83,46 +74,10 @@ class SumRegularizer:
     """
 
     def __init__(self, method: str, pairs: list[LoraPair], strength: float) -> None:
-        self.pairs, self.strength = pairs, strength
-        self._name, self._whole_weight = f"{method}_penalty", METHODS[method].whole_weight
-        self._of_layer = getattr(import_module(f"llava_sculpt.methods.{method}"), self._name)
-        self._sum = _SharedSum(pairs, self._terms)
-        self._value = torch.zeros(())
-
-    @property
-    def before_forward(self) -> bool:
-        return not is_partitioned(self.pairs[0].lora_A)
-
-    def __call__(self) -> torch.Tensor:
-        if self.before_forward:
-            return self.strength * self._sum()
-        with gathered([factor for pair in self.pairs for factor in (pair.lora_A, pair.lora_B)]):
-            # What autograd keeps must outlive the gather.
-            penalties = [self._penalty(p.lora_A.clone(), p.lora_B.clone(), p) for p in self.pairs]
-            total = torch.stack(penalties).sum()
-        self._value = total.detach()
-        return self.strength * (total - self._value)
-
-    def value(self) -> torch.Tensor:
-        if self.before_forward:
-            self._value = self._sum.value()
-        return self.strength * self._value
-
-    def values(self) -> dict[str, float]:
-        return {self._name: float(self._value)}
-
-    def _penalty(self, lora_A: torch.Tensor, lora_B: torch.Tensor, pair: LoraPair) -> torch.Tensor:
-        weight = [pair.weight()] if self._whole_weight else []
-        return self._of_layer(lora_A, lora_B, *weight)
-
-    def _terms(self, pair: LoraPair) -> Sequence[torch.Tensor]:
-        with torch.enable_grad():
-            lora_A, lora_B = (factor.detach().requires_grad_() for factor in (pair.lora_A, pair.lora_B))
-            penalty = self._penalty(lora_A, lora_B, pair)
-            return penalty.detach(), *torch.autograd.grad(penalty, (lora_A, lora_B))
+        super().__init__({f"{method}_penalty": (strength, _PenaltySum(method, pairs))})
 
 
-class ConflictRegularizer:
+class ConflictRegularizer(Regularizer):
     """alpha * CMR of the regularized layers (Eq. 8: the LLM's Q, K, V) plus beta * CMR of the connector's (Eq. 10).
 
     N processes that hold W whole (DDP, ZeRO-2) compute every N-th matrix each. With W in pieces (ZeRO-3) each computes
@@ -143,111 +98,128 @@ class ConflictRegularizer:
         self.llm = matching_pairs(pairs, config.regularize, "regularize") if config.alpha > 0 else []
         with_connector = config.connector is not None and config.beta > 0
         self.connector = matching_pairs(pairs, config.connector or "", "connector") if with_connector else []
-        self._terms: dict[str, tuple[float, _ConflictSum]] = {}
+        sums: dict[str, tuple[float, _Sum]] = {}
         if self.llm:
-            self._terms["cmr_llm"] = config.alpha, _ConflictSum(self.llm, "fro", config)
+            sums["cmr_llm"] = config.alpha, _ConflictSum(self.llm, "fro", config)
         if self.connector:
-            self._terms["cmr_connector"] = config.beta, _ConflictSum(self.connector, "l1", config)
-
-    @property
-    def before_forward(self) -> bool:
-        return all(term.before_forward for _, term in self._terms.values())
-
-    def __call__(self) -> torch.Tensor | None:
-        zeros = [weight * term() for weight, term in self._terms.values()]
-        return torch.stack([zero.to(zeros[0].device) for zero in zeros]).sum() if zeros else None
-
-    def value(self) -> torch.Tensor:
-        values = [weight * term.value() for weight, term in self._terms.values()]
-        return torch.stack([value.to(values[0].device) for value in values]).sum()
-
-    def values(self) -> dict[str, float]:
-        return {name: float(term.last) for name, (_, term) in self._terms.items()}
+            sums["cmr_connector"] = config.beta, _ConflictSum(self.connector, "l1", config)
+        super().__init__(sums)
 
 
-class _ConflictSum:
-    """CMR in one norm, summed or averaged over matrices.
+class _Sum:
+    """A sum (or mean) of one term per matrix, computed in backward: process k of N takes every N-th matrix from the
+    k-th on, weighted by N.
+
+    Args:
+        pairs: the matrices.
+        divisor: of the sum.
 
     Attributes:
         last: the last value.
     """
 
-    def __init__(self, pairs: list[LoraPair], norm: Norm, config: SculptConfig) -> None:
-        self.pairs, self.norm, self.omega = pairs, norm, config.omega
-        self.last = torch.zeros(())
-        self._count = len(pairs) if config.reduction == "mean" else 1
-        self._shared = _SharedSum(pairs, self._gradients)
-        self._retentions: dict[str, Retention] = {}
-
-    @property
-    def before_forward(self) -> bool:
-        return not is_partitioned(_frozen(self.pairs[0]))
-
-    def __call__(self) -> torch.Tensor:
-        if self.before_forward:
-            return self._shared() / self._count
-        total = self._in_pieces().sum() / self._count
-        self.last = total.detach()
-        return total - self.last
-
-    def value(self) -> torch.Tensor:
-        if self.before_forward:
-            self.last = self._shared.value() / self._count
-        return self.last
-
-    def _gradients(self, pair: LoraPair) -> Sequence[torch.Tensor]:
-        weight = pair.weight()
-        if pair.name not in self._retentions:  # W is frozen: made at the first use
-            self._retentions[pair.name] = Retention.of(weight, self.omega)
-        return penalty_and_gradients(pair.lora_A, pair.lora_B, weight, self._retentions[pair.name], self.norm)
-
-    def _in_pieces(self) -> torch.Tensor:
-        lora_A, lora_B = [pair.lora_A for pair in self.pairs], [pair.lora_B for pair in self.pairs]
-        pieces = [WeightPiece(*local_piece(_frozen(pair)), shape=_frozen(pair).ds_shape) for pair in self.pairs]
-        if not self._retentions:
-            made = partitioned_retentions(pieces, self.omega, lora_A[0].device)
-            self._retentions.update(zip([pair.name for pair in self.pairs], made, strict=True))
-        retentions = [self._retentions[pair.name] for pair in self.pairs]
-        # The one gather of a step: A and B, thin, in one go.
-        with gathered([*lora_A, *lora_B]):
-            return partitioned_penalties(lora_A, lora_B, pieces, retentions, self.norm)
-
-
-class _SharedSum:
-    """A sum of one term per matrix, computed in backward: process k of N takes every N-th matrix from the k-th on,
-    weighted by N.
-
-    Args:
-        pairs: the matrices.
-        terms: value and gradients in A and B of one of them.
-    """
-
-    def __init__(self, pairs: list[LoraPair], terms: Callable[[LoraPair], Sequence[torch.Tensor]]) -> None:
-        self.pairs, self.terms = pairs, terms
+    def __init__(self, pairs: list[LoraPair], divisor: int = 1) -> None:
+        self.pairs, self.last = pairs, torch.zeros(())
+        self._divisor = divisor
         self._values: dict[str, torch.Tensor] = {}
 
+    @property
+    def in_pieces(self) -> bool:
+        """Whether each process holds only pieces of A, B and W (ZeRO-3)."""
+        return is_partitioned(self.pairs[0].lora_A)
+
+    def of_matrix(self, pair: LoraPair) -> Sequence[torch.Tensor]:
+        """Value, gradient in A (r, q), gradient in B (p, r) of one matrix's term."""
+        raise NotImplementedError
+
+    def of_pieces(self) -> torch.Tensor:
+        """The undivided sum, differentiable in every A and B, where they lie in pieces. Collective."""
+        raise NotImplementedError
+
     def __call__(self) -> torch.Tensor:
+        if self.in_pieces:
+            total = self.of_pieces() / self._divisor
+            self.last = total.detach()
+            return total - self.last
         processes, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
         zeros = []
         for place, pair in enumerate(self.pairs):
             # Every process has a node for every matrix: ZeRO-2 needs gradients in the same order everywhere.
             own = partial(self._gradients, pair) if place % processes == rank else None
             zeros.append(_InBackward.apply(pair.lora_A, pair.lora_B, own))
-        return processes * torch.stack([zero.to(zeros[0].device) for zero in zeros]).sum()
+        return processes * _total(zeros) / self._divisor
 
     def value(self) -> torch.Tensor:
-        """The sum over all matrices of what the last backward pass computed. Collective."""
-        device = self.pairs[0].lora_A.device
-        total = torch.zeros((), device=device)
-        if self._values:
-            total = torch.stack([value.to(device) for value in self._values.values()]).sum()
-        if dist.is_initialized():
-            dist.all_reduce(total)
-        return total
+        """What the last backward pass computed, over all matrices. Collective."""
+        if not self.in_pieces:
+            own = self._values.values() or [torch.zeros(())]  # fewer matrices than processes
+            total = torch.stack([value.to(self.pairs[0].lora_A.device) for value in own]).sum()
+            if dist.is_initialized():
+                dist.all_reduce(total)
+            self.last = total / self._divisor
+        return self.last
 
     def _gradients(self, pair: LoraPair) -> Sequence[torch.Tensor]:
-        self._values[pair.name], *gradients = self.terms(pair)
+        self._values[pair.name], *gradients = self.of_matrix(pair)
         return gradients
+
+
+class _PenaltySum(_Sum):
+    """The penalty of one pair is `methods/NAME.py`'s `NAME_penalty` of A, B and, where the method asks for it, the
+    whole W; the latter does not run with W in pieces (ZeRO-3), which is refused before training. The others then gather
+    A and B, and every process computes all of it."""
+
+    def __init__(self, method: str, pairs: list[LoraPair]) -> None:
+        super().__init__(pairs)
+        self._whole_weight = METHODS[method].whole_weight
+        self._of_layer = getattr(import_module(f"llava_sculpt.methods.{method}"), f"{method}_penalty")
+
+    def _penalty(self, lora_A: torch.Tensor, lora_B: torch.Tensor, pair: LoraPair) -> torch.Tensor:
+        weight = [pair.weight()] if self._whole_weight else []
+        return self._of_layer(lora_A, lora_B, *weight)
+
+    def of_matrix(self, pair: LoraPair) -> Sequence[torch.Tensor]:
+        with torch.enable_grad():
+            lora_A, lora_B = (factor.detach().requires_grad_() for factor in (pair.lora_A, pair.lora_B))
+            penalty = self._penalty(lora_A, lora_B, pair)
+            return penalty.detach(), *torch.autograd.grad(penalty, (lora_A, lora_B))
+
+    def of_pieces(self) -> torch.Tensor:
+        with gathered([factor for pair in self.pairs for factor in (pair.lora_A, pair.lora_B)]):
+            # What autograd keeps must outlive the gather.
+            return torch.stack([self._penalty(p.lora_A.clone(), p.lora_B.clone(), p) for p in self.pairs]).sum()
+
+
+class _ConflictSum(_Sum):
+    """CMR in one norm."""
+
+    def __init__(self, pairs: list[LoraPair], norm: Norm, config: SculptConfig) -> None:
+        super().__init__(pairs, len(pairs) if config.reduction == "mean" else 1)
+        self.norm, self.omega = norm, config.omega
+        self._retentions: dict[str, Retention] = {}
+
+    def of_matrix(self, pair: LoraPair) -> Sequence[torch.Tensor]:
+        weight = pair.weight()
+        if pair.name not in self._retentions:  # W is frozen: made at the first use
+            self._retentions[pair.name] = Retention.of(weight, self.omega)
+        return penalty_and_gradients(pair.lora_A, pair.lora_B, weight, self._retentions[pair.name], self.norm)
+
+    def of_pieces(self) -> torch.Tensor:
+        lora_A, lora_B = [pair.lora_A for pair in self.pairs], [pair.lora_B for pair in self.pairs]
+        frozen: list[Any] = [pair.layer.get_base_layer() for pair in self.pairs]
+        pieces = [WeightPiece(*local_piece(layer.weight), shape=layer.weight.ds_shape) for layer in frozen]
+        if not self._retentions:
+            made = partitioned_retentions(pieces, self.omega, lora_A[0].device)
+            self._retentions.update(zip([pair.name for pair in self.pairs], made, strict=True))
+        retentions = [self._retentions[pair.name] for pair in self.pairs]
+        # The one gather of a step: A and B, thin, in one go.
+        with gathered([*lora_A, *lora_B]):
+            return partitioned_penalties(lora_A, lora_B, pieces, retentions, self.norm).sum()
+
+
+def _total(values: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Sum of scalars that may be on several devices, on the first's."""
+    return torch.stack([value.to(values[0].device) for value in values]).sum()
 
 
 class _InBackward(torch.autograd.Function):
@@ -270,8 +242,3 @@ class _InBackward(torch.autograd.Function):
             gradient.mul_(grad_output).to(dtype) for gradient, dtype in zip(ctx.gradients(), ctx.dtypes, strict=True)
         )
         return grad_A, grad_B, None
-
-
-def _frozen(pair: LoraPair) -> Any:
-    base: Any = pair.layer.get_base_layer()
-    return base.weight

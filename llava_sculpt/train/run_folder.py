@@ -69,7 +69,7 @@ def last_checkpoint(output_dir: Path) -> Path | None:
 
 
 def open_run(output_dir: Path, record: dict[str, Any]) -> str:
-    """Claim a folder for a run.
+    """Claim a folder for a run. A run without a checkpoint holds nothing: another may take its place.
 
     Args:
         record: first content of run.json; `record["identity"]` holds, flat, everything that decides the result.
@@ -88,19 +88,19 @@ def open_run(output_dir: Path, record: dict[str, Any]) -> str:
     except OSError as error:
         raise UserError(f"output_dir: cannot write in {output_dir}: {error.strerror}") from error
     earlier = read_run(output_dir)
-    if not earlier:
-        if any(output_dir.iterdir()):
-            raise UserError(f"output_dir: {output_dir} is not empty and holds no run; choose another folder")
+    if not earlier and any(output_dir.iterdir()):
+        raise UserError(f"output_dir: {output_dir} is not empty and holds no run; choose another folder")
+    finished = earlier.get("status") == "finished"
+    if not finished and not checkpoints(output_dir):  # also a run that failed before its first one
         write_json(output_dir / RUN_FILE, {**record, "status": "running"})
         return "new"
     there, here = earlier.get("identity", {}), json.loads(json.dumps(record["identity"], default=str))
+    # Fields that another version recorded and this one does not count make no difference.
     differences = [
-        f"{key}: {there.get(key)} there, {here.get(key)} now"
-        for key in sorted(there.keys() | here.keys())
-        if there.get(key) != here.get(key)
+        f"{key}: {there.get(key)} there, {value} now" for key, value in sorted(here.items()) if there.get(key) != value
     ]
     if differences:
         raise UserError(
             f"output_dir: {output_dir} holds another run ({'; '.join(differences[:6])}); choose another folder"
         )
-    return "finished" if earlier.get("status") == "finished" else "unfinished"
+    return "finished" if finished else "unfinished"

@@ -4,12 +4,14 @@
     torchrun --nproc_per_node 4 llava_sculpt/train/train.py --config configs/iconqa_sculpt.yaml
     deepspeed --num_gpus 4 llava_sculpt/train/train.py --config configs/iconqa_sculpt.yaml
 
-Flags carry LLaVA's names where LLaVA has them; those of the method begin with --sculpt_. Any flag overrides the YAML.
+Flags carry LLaVA's names where LLaVA has them; those of the method begin with --sculpt_. Any flag overrides the YAML;
+--help lists them.
 An interrupted run continues when the same command is given again.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 import shlex
@@ -17,29 +19,31 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, set_seed
-from transformers import TrainingArguments as HfTrainingArguments
+from transformers.utils.logging import disable_progress_bar
 
-from llava_sculpt.config import Config, parse_config
+from llava_sculpt.config import Config, help_text, parse_config
 from llava_sculpt.data.collator import TrainCollator
 from llava_sculpt.data.dataset import LlavaDataset, validate_dataset
 from llava_sculpt.data.images import ImagePreprocessor
 from llava_sculpt.data.tokenizer import LlavaTokenizer
 from llava_sculpt.errors import UserError
-from llava_sculpt.memory.plan import check_fits, make_plan, optimizer_steps
+from llava_sculpt.memory.plan import check_fits, make_plan
 from llava_sculpt.model.adapter import read_run
 from llava_sculpt.model.checkpoint import BaseCheckpoint, find_base_checkpoint
-from llava_sculpt.model.files import ADAPTER_FILE, RUN_FILE, read_tensors
+from llava_sculpt.model.files import ADAPTER_FILE, MASKS_FILE, RUN_FILE, read_tensors
 from llava_sculpt.model.load import check_bits, load_base
-from llava_sculpt.model.lora import inject_lora
-from llava_sculpt.names import METHODS
+from llava_sculpt.model.lora import CONNECTOR_TARGETS, LLM_TARGETS, REGULARIZED_LLM, inject_lora
+from llava_sculpt.names import LORASCULPT, METHODS
 from llava_sculpt.records import file_sha256, versions, write_json
 from llava_sculpt.sculpt import SculptSchedule
 from llava_sculpt.train.callback import check_masks
+from llava_sculpt.train.console import closing_block, say
 from llava_sculpt.train.run_folder import checkpoint_step, last_checkpoint, open_run
 from llava_sculpt.train.trainer import LLaVASculptTrainer, LLaVATrainer
 from llava_sculpt.train.zero import engine_of_checkpoint, leave_together
@@ -51,6 +55,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run one training; returns the exit code (0 done, 2 bad input, 130 interrupted)."""
     try:
         arguments = sys.argv[1:] if argv is None else argv
+        if {"-h", "--help"} & set(arguments):
+            print(help_text())
+            return 0
         return train(parse_config(arguments), arguments)
     except UserError as error:
         for problem in error.problems:
@@ -69,16 +76,12 @@ def train(config: Config, arguments: Sequence[str]) -> int:
     """
     check_bits(config.model.bits)
     checkpoint = find_base_checkpoint(config.model.model_name_or_path)
-    validate_dataset(config.data.data_path, config.data.image_folder)
-    dataset = LlavaDataset(
-        config.data.data_path,
-        config.data.image_folder,
-        LlavaTokenizer.from_dir(checkpoint.path),
-        ImagePreprocessor.from_dir(checkpoint.path),
-        config.training.model_max_length,
-        checkpoint.image_tokens,
-    )
-    steps = optimizer_steps(config, len(dataset), config.training.world_size)
+    data = config.data
+    dataset, held_out = _open_dataset(config, checkpoint, data.data_path, data.image_folder), None
+    if data.eval_data_path is not None:
+        images = data.eval_image_folder or data.image_folder
+        held_out = _open_dataset(config, checkpoint, data.eval_data_path, images)
+    steps = config.optimizer_steps(len(dataset), config.training.world_size)
     _check_against_data(config, checkpoint, steps)
     _check_memory(config, checkpoint, dataset)
 
@@ -96,35 +99,33 @@ def train(config: Config, arguments: Sequence[str]) -> int:
     if resume_from is not None:
         _check_resume(config, resume_from, steps)
 
-    trainer = build_trainer(config, checkpoint, dataset)
-    interruption = _StopOnSignal() if config.training.world_size == 1 else None
-    if interruption is not None:
-        trainer.add_callback(interruption)
-    trainer.add_callback(_SayEngine(trainer))
+    _quiet_libraries(config)
+    trainer = build_trainer(config, checkpoint, dataset, held_out)
+    trainer.add_callback(_SayEngine(trainer, resume_from))
     started = time.time()
-    result = trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
-    if interruption is not None and interruption.received:
-        print(
-            f"\n{output_dir}: stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; "
-            "give the same command again to continue",
-            file=sys.stderr,
-        )
-        return INTERRUPTED
-    trainer.save_model(_internal_call=True)  # without its upload, which would come before run.json is done
-    trainer.save_state()
-    if trainer.is_world_process_zero():
-        earlier = read_run(output_dir)
-        write_json(
-            output_dir / RUN_FILE,
-            {
-                **record,
+    with _StopOnSignal() if config.training.world_size == 1 else nullcontext() as interruption:
+        if interruption is not None:
+            trainer.add_callback(interruption)
+        result = trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+        if interruption is not None and interruption.received:
+            print(
+                f"\n{output_dir}: stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; "
+                "give the same command again to continue",
+                file=sys.stderr,
+            )
+            return INTERRUPTED
+        trainer.save_model(_internal_call=True)  # without its upload, which would come before run.json is done
+        trainer.save_state()
+        if trainer.is_world_process_zero():
+            record |= {
                 "status": "finished",
                 "engine": type(trainer.model_wrapped).__name__,
-                "train_seconds": round(earlier.get("train_seconds", 0.0) + time.time() - started, 1),
+                "train_seconds": round(time.time() - started, 1),
                 "train_loss": result.training_loss,
                 "peak_memory_bytes": peak_memory(),
-            },
-        )
+            }
+            write_json(output_dir / RUN_FILE, record)
+            print(closing_block(config, record, [log["loss"] for log in trainer.state.log_history if "loss" in log]))
     if config.training.push_to_hub:
         try:
             trainer.push_to_hub()
@@ -137,6 +138,26 @@ def train(config: Config, arguments: Sequence[str]) -> int:
         trainer.create_model_card()
     leave_together()
     return 0
+
+
+def _open_dataset(config: Config, checkpoint: BaseCheckpoint, data_path: str, image_folder: str) -> LlavaDataset:
+    validate_dataset(data_path, image_folder)
+    return LlavaDataset(
+        data_path,
+        image_folder,
+        LlavaTokenizer.from_dir(checkpoint.path),
+        ImagePreprocessor.from_dir(checkpoint.path),
+        config.training.model_max_length,
+        checkpoint.image_tokens,
+    )
+
+
+def _quiet_libraries(config: Config) -> None:
+    """No bars where nobody wants them, and no DeepSpeed's warning that a machine without a GPU has none."""
+    if config.training.disable_tqdm:
+        disable_progress_bar()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def _check_against_data(config: Config, checkpoint: BaseCheckpoint, steps: int) -> None:
@@ -250,7 +271,9 @@ def _command(arguments: Sequence[str]) -> str:
     return f"python -m llava_sculpt.train.train {shlex.join(kept)}"
 
 
-def build_trainer(config: Config, checkpoint: BaseCheckpoint, dataset: LlavaDataset) -> LLaVATrainer:
+def build_trainer(
+    config: Config, checkpoint: BaseCheckpoint, dataset: LlavaDataset, held_out: LlavaDataset | None = None
+) -> LLaVATrainer:
     """Load the base model, attach LoRA and return the Trainer of the configured method."""
     arguments, model_arguments = config.training, config.model
     dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
@@ -284,8 +307,11 @@ def build_trainer(config: Config, checkpoint: BaseCheckpoint, dataset: LlavaData
         checkpoint.image_size,
         arguments.model_max_length,
     )
-    trainer_class = LLaVASculptTrainer if config.prunes else LLaVATrainer
-    return trainer_class(peft_model, config, dataset, collator)
+    if config.sculpt.method != LORASCULPT:
+        return LLaVATrainer(peft_model, config, dataset, collator, held_out)
+    connector = CONNECTOR_TARGETS if model_arguments.connector == "sculpt" else None
+    sculpt = config.sculpt.to_config(prune=LLM_TARGETS, regularize=REGULARIZED_LLM, connector=connector)
+    return LLaVASculptTrainer(peft_model, config, dataset, collator, held_out, sculpt=sculpt)
 
 
 def peak_memory() -> int:
@@ -296,12 +322,21 @@ def peak_memory() -> int:
 
 
 class _StopOnSignal(TrainerCallback):
-    """The first ctrl-C (or TERM) ends the current step, saves a checkpoint and stops; the second ends at once."""
+    """The first ctrl-C (or TERM) ends the current step, saves a checkpoint and stops; the second ends at once.
+
+    A context: after it the process handles signals as before.
+    """
 
     def __init__(self) -> None:
         self.received = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
+
+    def __enter__(self) -> _StopOnSignal:
+        self._before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if self.received:
@@ -309,23 +344,24 @@ class _StopOnSignal(TrainerCallback):
         self.received = True
         print("\nstopping after this step (again: at once)", file=sys.stderr)
 
-    def on_step_end(
-        self, args: HfTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.received and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
 
 
 class _SayEngine(TrainerCallback):
-    def __init__(self, trainer: LLaVATrainer) -> None:
-        self.trainer = trainer
+    """Says what trains, and what it continues from."""
 
-    def on_train_begin(
-        self, args: HfTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def __init__(self, trainer: LLaVATrainer, resume_from: Path | None) -> None:
+        self.trainer, self.resume_from = trainer, resume_from
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.trainer.is_world_process_zero():
             engine = type(self.trainer.model_wrapped).__name__
-            print(f"engine: {engine}, {args.world_size} process(es), device {args.device}, {state.max_steps} steps")
+            say(f"engine: {engine}, {args.world_size} process(es), device {args.device}, {state.max_steps} steps")
+            if self.resume_from is not None:
+                masks = "with its masks" if (self.resume_from / MASKS_FILE).is_file() else "without masks"
+                say(f"step {state.global_step}: resumed from {self.resume_from} {masks}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""LLaVATrainer: what LLaVA needs of a Trainer, and a method's loss term. LLaVASculptTrainer: LoRASculpt's masks."""
+"""LLaVATrainer: what LLaVA needs of a Trainer, and a baseline's loss term. LLaVASculptTrainer: with LoRASculpt."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,17 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
-from transformers import TrainingArguments as HfTrainingArguments
 
 from llava_sculpt.artifacts.model_card import write_model_card
 from llava_sculpt.config import Config
 from llava_sculpt.data.sampler import ModalityLengthSampler
 from llava_sculpt.errors import UserError
 from llava_sculpt.model.adapter import load_connector, save_adapter
-from llava_sculpt.model.lora import CONNECTOR, lora_pairs, matching_pairs
-from llava_sculpt.train.callback import SculptCallback
-from llava_sculpt.train.console import ConsoleCallback
-from llava_sculpt.train.mixin import LossTerm, Masks
-from llava_sculpt.train.regularizer import make_regularizer, sculpt_config
+from llava_sculpt.model.lora import CONNECTOR, lora_pairs
+from llava_sculpt.names import PENALTIES
+from llava_sculpt.train.console import Bar, LogLines
+from llava_sculpt.train.mixin import LossTerm, SculptMixin
+from llava_sculpt.train.regularizer import SumRegularizer
 from llava_sculpt.train.run_folder import SAVING, publish_checkpoint
 from llava_sculpt.train.zero import gather_working_copies
 
@@ -37,25 +37,36 @@ class LLaVATrainer(LossTerm, Trainer):
     Args:
         model: PEFT model from `inject_lora`.
         config: the run.
-        train_dataset: `LlavaDataset`.
+        train_dataset: `LlavaDataset`. eval_dataset: the same of held-out samples, None without evaluation.
         data_collator: `TrainCollator`.
     """
 
     model: PeftModel
 
-    def __init__(self, model: PeftModel, config: Config, train_dataset: Any, data_collator: Any) -> None:
+    def __init__(
+        self, model: PeftModel, config: Config, train_dataset: Any, data_collator: Any, eval_dataset: Any = None
+    ) -> None:
         self.config = config
         self._dataset = train_dataset
         self._sampler: ModalityLengthSampler | None = None
         self._lrs: dict[str, float] = {}
         self._aside = False
-        self.regularizer = make_regularizer(lora_pairs(model), config)
-        super().__init__(model, config.training, data_collator=data_collator, train_dataset=train_dataset)
+        if config.sculpt.method in PENALTIES and config.sculpt.reg_lambda > 0:
+            self.regularizer = SumRegularizer(config.sculpt.method, lora_pairs(model), config.sculpt.reg_lambda)
+        super().__init__(
+            model,
+            config.training,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+        )
         self.add_callback(_StepFacts(self))
         self.add_callback(_BackwardEndsAtTheConnector(self))
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
-        self.add_callback(ConsoleCallback())
+        if sys.stderr.isatty() and not config.training.disable_tqdm:
+            self.add_callback(Bar())
+        self.add_callback(LogLines())
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         if not self.config.training.group_by_modality_length:
@@ -105,6 +116,12 @@ class LLaVATrainer(LossTerm, Trainer):
         if "loss" in logs:
             logs.update({f"lr_{name}": lr for name, lr in self._lrs.items()})
         super().log(logs, *args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The Trainer's; training goes on with the random numbers that it would have had without it."""
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            return super().evaluate(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save what was trained (never the frozen model, which the Trainer would gather under DeepSpeed)."""
@@ -165,16 +182,12 @@ class _StepFacts(TrainerCallback):
     def __init__(self, trainer: LLaVATrainer) -> None:
         self.trainer = trainer
 
-    def on_epoch_begin(
-        self, args: HfTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # With several processes accelerate wraps the sampler so that its set_epoch is not reached.
         if self.trainer._sampler is not None:
             self.trainer._sampler.set_epoch(int(state.epoch or 0))
 
-    def on_optimizer_step(
-        self, args: HfTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer._lrs = {group["name"]: group["lr"] for group in kwargs["optimizer"].param_groups}
 
 
@@ -188,19 +201,11 @@ class _BackwardEndsAtTheConnector(TrainerCallback):
     def __init__(self, trainer: LLaVATrainer) -> None:
         self.trainer = trainer
 
-    def on_train_begin(
-        self, args: HfTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         options: Any = args.activation_checkpointing_kwargs or {}
         if not options.get("use_reentrant", False):
             self.trainer.model.disable_input_require_grads()
 
 
-class LLaVASculptTrainer(Masks, LLaVATrainer):
-    """LoRASculpt: LLaVATrainer, whose regularizer is then CMR, with the masks in a callback (Algorithm 1)."""
-
-    def __init__(self, model: PeftModel, config: Config, train_dataset: Any, data_collator: Any) -> None:
-        super().__init__(model, config, train_dataset, data_collator)
-        pruned = matching_pairs(lora_pairs(model), sculpt_config(config).prune, "prune")
-        self.masking = SculptCallback(pruned, config.sculpt.sculpt_density, config.sculpt.sculpt_warmup_steps)
-        self.add_callback(self.masking)
+class LLaVASculptTrainer(SculptMixin, LLaVATrainer):
+    """LoRASculpt on LLaVA: masks for the LLM, the conflict regularizer in the loss."""

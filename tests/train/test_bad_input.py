@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from llava_sculpt.errors import UserError
 from llava_sculpt.train import train as entry
 from llava_sculpt.train.train import main
 from tests.conftest import make_checkpoint
@@ -33,6 +34,7 @@ from tests.train.test_training import same_files
         ({"lora_r": "many"}, "lora_r"),
         ({"learning_rate": -1}, "learning_rate"),
         ({"data_path": "nowhere.json"}, "nowhere.json"),
+        ({"eval_strategy": "epoch", "eval_data_path": "nowhere.json"}, "eval_data_path: no such file"),
         ({"image_folder": "nowhere"}, "nowhere"),
         ({"model_name_or_path": "nowhere"}, "nowhere"),
     ],
@@ -46,12 +48,47 @@ def test_one_clear_message_and_nothing_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_all_configuration_errors_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_configuration_errors_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
     file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump({"lora_rank": 8, "sculpt_density": 2, "learning_rate": "fast"}))
+    wrong = {
+        "lora_rank": 8,
+        "lora_alpha": [8, 16],
+        "sculpt_density": 2,
+        "learning_rate": "fast",
+        "report_to": ["tensorbord", "wandb"],
+    }
+    file.write_text(yaml.safe_dump(wrong | {"eval_strategy": "steps", "evaluation_strategy": "steps"}))
     assert main(["--config", str(file)]) == 2
     errors = capsys.readouterr().err
-    assert all(words in errors for words in ("unknown key lora_rank", "sculpt_density", "learning_rate"))
+    for words in (
+        "unknown key lora_rank",
+        "sculpt_density",
+        "learning_rate",
+        "lora_alpha: takes one value, got 8 16",
+        "unknown 'tensorbord'; did you mean tensorboard?",
+        "wandb is not installed here: pip install wandb",
+        "eval_strategy: needs held-out samples",
+        "evaluation_strategy is not used here (use --eval_strategy",
+    ):
+        assert words in errors, words
+
+
+def test_a_run_that_failed_before_a_checkpoint_does_not_own_its_folder(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise UserError("no room for the model")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(entry, "build_trainer", fail)
+        assert train(tmp_path / "run") == 2
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    assert train(tmp_path / "run", lora_r=4, max_steps=6) == 0
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["config"]["lora_r"] == 4
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
 
 
 def test_broken_weights_are_told_before_training(
@@ -126,6 +163,7 @@ def test_ctrl_c_leaves_a_state_to_continue(flags: dict[str, str], tmp_path: Path
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
+    assert "\r" not in errors and "warning" not in errors.lower()  # stderr is no terminal, and says nothing else
     assert "Traceback" not in errors and "give the same command again" in errors
     assert json.loads((folder / "run.json").read_text())["status"] == "running"
     assert list(folder.glob("checkpoint-*"))

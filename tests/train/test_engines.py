@@ -146,8 +146,11 @@ def test_two_processes_train_what_one_trains(
         "per_device_train_batch_size": str(4 // accumulation),
         "gradient_accumulation_steps": str(accumulation),
     }
-    output = launch(command, {**flags, **engine_flags, **split}, tmp_path / "two")
+    held_out = {"eval_strategy": "steps", "eval_steps": "4", "eval_data_path": flags["data_path"]}
+    output = launch(command, {**flags, **engine_flags, **split, **held_out}, tmp_path / "two")
     assert f"engine: {engine}, 2 process(es)" in output
+    for words in (f"step {MASK_STEP}: made the masks of", "8/8  held-out loss", "next     llava-sculpt eval"):
+        assert output.count(words) == 1, words  # by one process
     assert (probe_of(tmp_path / "two")["engine"], probe_of(tmp_path / "two")["zero_stage"]) == (engine, stage)
     assert_same_run(tmp_path / "two", one)
     assert_exact(tmp_path / "two", 2)

@@ -55,6 +55,16 @@ def test_what_a_run_leaves_is_readable_like_any_other_file(finished: Path) -> No
     assert {ADAPTER_FILE, CONNECTOR_FILE, MASKS_FILE} < modes.keys() and len(set(modes.values())) == 1, modes
 
 
+def test_evaluation_leaves_training_as_it_is(train: Train, finished: Path, training_data: Path, tmp_path: Path) -> None:
+    held_out = {"eval_data_path": training_data / "train.json", "per_device_eval_batch_size": 5}
+    assert train(tmp_path / "run", eval_strategy="steps", eval_steps=4, **held_out) == 0
+    assert same_files(finished, tmp_path / "run")
+    assert [r["loss"] for r in log_of(tmp_path / "run")] == [r["loss"] for r in log_of(finished)]
+    history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    losses = {record["step"]: record["eval_loss"] for record in history if "eval_loss" in record}
+    assert list(losses) == [4, 8, 12, 16, 18] and losses[18] < losses[4]
+
+
 def test_logs_hold_every_quantity(finished: Path) -> None:
     log = log_of(finished)
     assert len(log) == 18
