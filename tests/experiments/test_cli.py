@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from llava_sculpt.cli import _METHODS, main
+from llava_sculpt.cli import main
 from llava_sculpt.config import METHODS, parse_config
 from llava_sculpt.experiments import finetune
 from llava_sculpt.experiments.grid import config_file, read_mapping
-from tests.train.conftest import flags, train  # noqa: F401
 
 
 @pytest.mark.parametrize(
@@ -55,7 +54,6 @@ def test_every_method_is_one_flag_of_a_committed_recipe(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """`--method` of the main job, down to the configuration that training gets."""
-    assert _METHODS == METHODS
     prepared = tmp_path / "iconqa"
     prepared.mkdir()
     (prepared / "train.json").write_bytes((training_data / "train.json").read_bytes())
@@ -72,7 +70,7 @@ def test_every_method_is_one_flag_of_a_committed_recipe(
     assert config.training.learning_rate == read_mapping(recipe)["learning_rate"]
 
 
-def test_inspect_tells_densities(train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+def test_inspect_tells_densities(train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(tmp_path / "run", max_steps=7) == 0
     capsys.readouterr()
     assert main(["inspect", str(tmp_path / "run"), "--json"]) == 0

@@ -13,7 +13,6 @@ from huggingface_hub import HfApi, ModelCard
 
 from llava_sculpt.experiments.card import upload_results, write_card
 from llava_sculpt.model.adapter import read_run
-from tests.train.conftest import flags, train  # noqa: F401
 
 
 class Hub:
@@ -48,7 +47,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
     return hub
 
 
-def test_a_finished_run_is_uploaded_whole(train, hub: Hub, tmp_path: Path) -> None:  # noqa: F811
+def test_a_finished_run_is_uploaded_whole(train, hub: Hub, tmp_path: Path) -> None:
     folder = tmp_path / "my-run"
     assert train(folder, max_steps=6, save_steps=2, push_to_hub=True, hub_token="hf_secret") == 0
     assert hub.repositories == ["my-run"]
@@ -80,12 +79,12 @@ def test_a_finished_run_is_uploaded_whole(train, hub: Hub, tmp_path: Path) -> No
     assert "llava-sculpt eval --model" in card.text and "hf_secret" not in card.content
 
 
-def test_without_the_flag_nothing_is_sent(train, hub: Hub, tmp_path: Path) -> None:  # noqa: F811
+def test_without_the_flag_nothing_is_sent(train, hub: Hub, tmp_path: Path) -> None:
     assert train(tmp_path / "run", max_steps=2, sculpt_warmup_steps=1) == 0
     upload_results(tmp_path / "run")
     assert hub.uploads == hub.repositories == []
 
 
-def test_uploads_during_training_are_refused(train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+def test_uploads_during_training_are_refused(train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(tmp_path / "run", push_to_hub=True, hub_strategy="every_save") == 2
     assert "hub_strategy" in capsys.readouterr().err

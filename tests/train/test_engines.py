@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import random
-import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -20,63 +14,29 @@ import torch
 from safetensors.torch import load_file
 
 from llava_sculpt.model.checkpoint import find_base_checkpoint
-from llava_sculpt.model.files import ADAPTER_FILE, CONNECTOR_FILE, MASKS_FILE
+from llava_sculpt.model.files import ADAPTER_FILE
 from llava_sculpt.model.load import load_base
-from tests.train.test_resume import cut_off_after
-from tests.train.test_training import log_of, same_files
-
-pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[2]
-BIN = Path(sys.executable).parent
-STEPS, MASK_STEP = 8, 5
-
-PYTHON = [sys.executable]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-DEEPSPEED = [str(BIN / "deepspeed"), "--num_gpus", "2"]
-ACCELERATE = [str(BIN / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2"]
-needs_deepspeed = pytest.mark.skipif(
-    find_spec("deepspeed") is None or shutil.which("deepspeed", path=str(BIN)) is None, reason="needs deepspeed"
+from tests.runs import (
+    ACCELERATE,
+    DEEPSPEED,
+    PYTHON,
+    ROOT,
+    TORCHRUN,
+    assert_exact,
+    assert_same_run,
+    cut_off_after,
+    free_port,
+    launch,
+    log_of,
+    needs_deepspeed,
+    probe_of,
+    same_files,
+    start,
+    zero,
 )
 
-
-def zero(name: str) -> dict[str, str]:
-    return {"deepspeed": str(ROOT / "configs" / f"{name}.json")}
-
-
-def start(command: list[str], flags: dict[str, str], output_dir: Path) -> subprocess.Popen[str]:
-    given = {**flags, "output_dir": str(output_dir), "max_steps": str(STEPS), "lora_dropout": "0"}
-    words = [word for key, value in given.items() for word in (f"--{key}", value)]
-    # DS_ACCELERATOR is not set: on a machine without a GPU there must be no variable to remember.
-    environment = {k: v for k, v in os.environ.items() if k != "DS_ACCELERATOR"}
-    environment |= {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-    if "--master_port" not in command and command != PYTHON:
-        port = "--main_process_port" if command == ACCELERATE else "--master_port"
-        command = [*command, port, str(free_port())]
-    return subprocess.Popen(
-        [*command, str(ROOT / "tests" / "train" / "probe.py"), *words],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,  # a launcher and its processes can be killed together
-    )
-
-
-def launch(command: list[str], flags: dict[str, str], output_dir: Path, code: int | None = 0) -> str:
-    process = start(command, flags, output_dir)
-    output, _ = process.communicate(timeout=300)
-    assert code is None or process.returncode == code, output[-6000:]
-    return output
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def probe_of(folder: Path, rank: int = 0) -> dict:
-    return json.loads((folder.parent / f"probe-{folder.name}-{rank}.json").read_text())
+pytestmark = pytest.mark.slow
+MASK_STEP = 5
 
 
 @pytest.fixture(scope="module")
@@ -84,40 +44,6 @@ def one(flags: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path
     folder = tmp_path_factory.mktemp("engines") / "one"
     launch(PYTHON, {**flags, "per_device_train_batch_size": "8"}, folder)
     return folder
-
-
-def assert_same_run(folder: Path, one: Path, tolerance: float = 1e-5) -> None:
-    """Loss trajectory, logged CMR, masks, LoRA and connector."""
-    ours, theirs = log_of(folder), log_of(one)
-    assert len(ours) == len(theirs) == STEPS
-    for mine, other in zip(ours, theirs, strict=True):
-        assert mine["loss"] == pytest.approx(other["loss"], abs=tolerance)
-        assert mine["cmr_llm"] == pytest.approx(other["cmr_llm"], rel=1e-4, abs=1e-7)
-        assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
-        assert mine["density"] == pytest.approx(other["density"], abs=1e-4)
-    assert (folder / MASKS_FILE).read_bytes() == (one / MASKS_FILE).read_bytes()
-    for name in (ADAPTER_FILE, CONNECTOR_FILE):
-        mine_file, other_file = load_file(folder / name), load_file(one / name)
-        assert mine_file.keys() == other_file.keys()
-        for key in mine_file:
-            assert (mine_file[key] - other_file[key]).abs().max() <= tolerance
-
-
-def assert_exact(folder: Path, processes: int) -> None:
-    """Nothing off the masks in any copy after any step; the scheduled rate for every group at every step."""
-    weights, masks = load_file(folder / ADAPTER_FILE), load_file(folder / MASKS_FILE)
-    assert not any(weights[key].masked_select(~mask).any() for key, mask in masks.items())
-    for rank in range(processes):
-        steps = probe_of(folder, rank)["steps"]
-        assert len(steps) == STEPS
-        for index, step in enumerate(steps):
-            assert step["off_mask"] == 0
-            # One step of warm-up, then a cosine over the other seven.
-            share = 0.0 if index == 0 else 0.5 * (1 + math.cos(math.pi * (index - 1) / (STEPS - 1)))
-            assert step["rates"] == {
-                "lora": pytest.approx(5e-3 * share, rel=1e-9),
-                "connector": pytest.approx(1e-3 * share, rel=1e-9),
-            }
 
 
 CASES = [
