@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gpu", action="store_true", help="the fast tests marked gpu, on one GPU; all others use the CPU")
+    parser.addoption("--complete", action="store_true", help="fail if a test is skipped that does not need a GPU")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -36,6 +38,33 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     if not torch.cuda.is_available():
         raise pytest.UsageError("--gpu: there is no GPU here")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What runs beside the original LLaVA package is slow, like the making of that package's environment."""
+    for item in items:
+        if "llava_python" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
+def skip_reasons(config: pytest.Config) -> Counter[str]:
+    skipped = config.pluginmanager.get_plugin("terminalreporter").stats.get("skipped", [])
+    return Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    config = session.config
+    if config.option.complete and not hasattr(config, "workerinput"):  # pytest-xdist's workers report elsewhere
+        wanted = [reason for reason in skip_reasons(config) if not reason.startswith("needs a GPU")]
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED if wanted else session.exitstatus
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One line: what was skipped, and why."""
+    reasons = skip_reasons(terminalreporter.config)
+    if reasons:
+        line = "skipped: " + "; ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
+        terminalreporter.write_line(line, yellow=True)
 
 
 def make_checkpoint(folder: Path, seed: int = 0) -> Path:

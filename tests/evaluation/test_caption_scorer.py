@@ -17,7 +17,9 @@ from llava_sculpt.evaluation.scorers import caption, score_predictions
 from llava_sculpt.evaluation.scorers.caption import score_captions, tokenize
 from llava_sculpt.evaluation.scorers.cider import cider_d
 
-needs_ptb = pytest.mark.skipif(caption.ptb_obstacle() is not None, reason=str(caption.ptb_obstacle()))
+needs_ptb = pytest.mark.skipif(
+    caption.ptb_obstacle() is not None, reason=f"needs the PTB tokenizer: {caption.ptb_obstacle()}"
+)
 
 
 def reference_cider_d(references: list[list[str]], candidates: list[str]) -> list[float]:
@@ -71,7 +73,7 @@ def test_cider_d_is_its_definition(world):
 
 
 def test_cider_d_equals_pycocoevalcap():
-    cider = pytest.importorskip("pycocoevalcap.cider.cider")
+    cider = pytest.importorskip("pycocoevalcap.cider.cider", reason="needs pycocoevalcap (make setup-dev)")
     rng = random.Random(0)
     for vocabulary in (2, 5, 30):
         references = [[random_caption(rng, vocabulary) for _ in range(rng.randint(1, 5))] for _ in range(20)]
@@ -112,7 +114,7 @@ def test_python_tokenizer(text, expected):
 
 def test_without_java_the_metric_has_another_name(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    pytest.importorskip("pycocoevalcap")
+    pytest.importorskip("pycocoevalcap", reason="needs pycocoevalcap (make setup-dev)")
     gold = gold_of([["a red bus"], ["two dogs sleep"]])
     score = score_captions(gold, [(0, "A red bus."), (1, "a cat")])
     assert score.metric == "CIDEr (not PTB)"
@@ -122,14 +124,14 @@ def test_without_java_the_metric_has_another_name(monkeypatch):
 
 
 def test_an_unwritable_package_folder_falls_back_and_says_so(monkeypatch):
-    pytest.importorskip("pycocoevalcap")
+    pytest.importorskip("pycocoevalcap", reason="needs pycocoevalcap (make setup-dev)")
     monkeypatch.setattr(caption.subprocess, "run", lambda *args, **options: None)
     monkeypatch.setattr(caption.os, "access", lambda path, mode: False)
     assert "not writable" in str(caption.ptb_obstacle())
 
 
 def test_a_java_that_only_fails_counts_as_none(monkeypatch, tmp_path):
-    pytest.importorskip("pycocoevalcap")
+    pytest.importorskip("pycocoevalcap", reason="needs pycocoevalcap (make setup-dev)")
     (tmp_path / "java").write_text("#!/bin/sh\nexit 1\n")
     (tmp_path / "java").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))

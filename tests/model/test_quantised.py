@@ -46,7 +46,7 @@ from tests.runs import (
     zero,
 )
 
-bnb = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
+bnb = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes (make setup-dev)")
 pytestmark = pytest.mark.gpu
 
 LAYER = {4: bnb.nn.Linear4bit, 8: bnb.nn.Linear8bitLt}
@@ -357,7 +357,7 @@ def test_two_processes_train_what_one_trains(flags: dict[str, str], tmp_path: Pa
     assert_exact(tmp_path / "two", processes=2)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a limit of bitsandbytes' CPU kernels")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs no GPU: a limit of bitsandbytes' CPU kernels")
 def test_four_bits_with_odd_widths_are_refused_on_a_cpu(
     train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -35,7 +35,6 @@ from tests.runs import (
     zero,
 )
 
-pytestmark = pytest.mark.slow
 MASK_STEP = 5
 
 
@@ -46,18 +45,31 @@ def one(flags: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
+# DeepSpeed's two stages with accumulated gradients are in `make test`, the other ways in `make test-slow`.
+ENGINES = {
+    "torchrun-ddp": (TORCHRUN, {}, "DistributedDataParallel", None),
+    "accelerate-ddp": (ACCELERATE, {}, "DistributedDataParallel", None),
+    "zero2": (DEEPSPEED, zero("zero2"), "DeepSpeedEngine", 2),
+    "zero3": (DEEPSPEED, zero("zero3"), "DeepSpeedEngine", 3),
+    "zero3-offload": (DEEPSPEED, zero("zero3_offload"), "DeepSpeedEngine", 3),
+    "torchrun-zero3": (TORCHRUN, zero("zero3"), "DeepSpeedEngine", 3),
+}
 CASES = [
-    pytest.param(TORCHRUN, {}, "DistributedDataParallel", None, id="torchrun-ddp"),
-    pytest.param(ACCELERATE, {}, "DistributedDataParallel", None, id="accelerate-ddp"),
-    pytest.param(DEEPSPEED, zero("zero2"), "DeepSpeedEngine", 2, id="zero2", marks=needs_deepspeed),
-    pytest.param(DEEPSPEED, zero("zero3"), "DeepSpeedEngine", 3, id="zero3", marks=needs_deepspeed),
-    pytest.param(DEEPSPEED, zero("zero3_offload"), "DeepSpeedEngine", 3, id="zero3-offload", marks=needs_deepspeed),
-    pytest.param(TORCHRUN, zero("zero3"), "DeepSpeedEngine", 3, id="torchrun-zero3", marks=needs_deepspeed),
+    pytest.param(
+        *engine,
+        accumulation,
+        id=f"{accumulation}-{name}",
+        marks=[
+            *([needs_deepspeed] if "deepspeed" in engine[1] else []),
+            *([] if name in ("zero2", "zero3") and accumulation == 4 else [pytest.mark.slow]),
+        ],
+    )
+    for accumulation in (1, 4)
+    for name, engine in ENGINES.items()
 ]
 
 
-@pytest.mark.parametrize(("command", "engine_flags", "engine", "stage"), CASES)
-@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize(("command", "engine_flags", "engine", "stage", "accumulation"), CASES)
 def test_two_processes_train_what_one_trains(
     flags: dict[str, str],
     one: Path,
@@ -79,6 +91,7 @@ def test_two_processes_train_what_one_trains(
     assert_exact(tmp_path / "two", 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2, 8])
 def test_one_process_trains_the_same_however_a_step_is_split(
     flags: dict[str, str], one: Path, tmp_path: Path, accumulation: int
@@ -92,6 +105,7 @@ def test_one_process_trains_the_same_however_a_step_is_split(
     assert_exact(tmp_path / "split", 1)
 
 
+@pytest.mark.slow
 @needs_deepspeed
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_bf16_holds_the_masks_in_every_copy(flags: dict[str, str], one: Path, tmp_path: Path, stage: str) -> None:
@@ -103,6 +117,7 @@ def test_bf16_holds_the_masks_in_every_copy(flags: dict[str, str], one: Path, tm
         assert mine["loss"] == pytest.approx(other["loss"], rel=1e-2)
 
 
+@pytest.mark.slow
 @needs_deepspeed
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_text_only_micro_batch_on_one_process(flags: dict[str, str], tmp_path: Path, stage: str) -> None:
@@ -114,6 +129,7 @@ def test_text_only_micro_batch_on_one_process(flags: dict[str, str], tmp_path: P
     assert_same_run(tmp_path / "two", tmp_path / "one")
 
 
+@pytest.mark.slow
 @needs_deepspeed
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_connector_regularizer(flags: dict[str, str], tmp_path: Path, stage: str) -> None:
@@ -126,6 +142,7 @@ def test_connector_regularizer(flags: dict[str, str], tmp_path: Path, stage: str
     assert log_of(tmp_path / "two")[-1]["cmr_connector"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "engine_flags"),
     [
@@ -167,6 +184,7 @@ def test_baselines(
     assert all((trained[key] - expected[key]).abs().max() <= tolerance for key in trained)
 
 
+@pytest.mark.slow
 @needs_deepspeed
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_resumed_equals_uninterrupted(flags: dict[str, str], tmp_path: Path, stage: str) -> None:
@@ -193,6 +211,7 @@ def test_resumed_equals_uninterrupted(flags: dict[str, str], tmp_path: Path, sta
         assert (folder / f"checkpoint-{MASK_STEP}").is_dir()
 
 
+@pytest.mark.slow
 @needs_deepspeed
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_killed_before_at_and_after_the_mask_step(flags: dict[str, str], tmp_path: Path, stage: str) -> None:
@@ -214,6 +233,7 @@ def test_killed_before_at_and_after_the_mask_step(flags: dict[str, str], tmp_pat
     assert [r["loss"] for r in log_of(folder)] == [r["loss"] for r in log_of(tmp_path / "whole")]
 
 
+@pytest.mark.slow
 @needs_deepspeed
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_two_launchers_make_one_run(flags: dict[str, str], one: Path, tmp_path: Path, launcher: str) -> None:
@@ -233,6 +253,7 @@ def test_two_launchers_make_one_run(flags: dict[str, str], one: Path, tmp_path: 
     assert_same_run(folder, one)
 
 
+@pytest.mark.slow
 @needs_deepspeed
 def test_quantised_base_is_refused_under_zero3(flags: dict[str, str], tmp_path: Path) -> None:
     output = launch(DEEPSPEED, {**flags, **zero("zero3"), "bits": "4"}, tmp_path / "run", code=None)
@@ -240,6 +261,7 @@ def test_quantised_base_is_refused_under_zero3(flags: dict[str, str], tmp_path: 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_fewer_processes_may_continue_without_deepspeed(flags: dict[str, str], tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     split = {**flags, "per_device_train_batch_size": "2"}
@@ -250,6 +272,7 @@ def test_fewer_processes_may_continue_without_deepspeed(flags: dict[str, str], t
     assert all(torch.allclose(weights[key], expected[key], rtol=0, atol=1e-5) for key in expected)
 
 
+@pytest.mark.slow
 @needs_deepspeed
 def test_engines_that_are_not_supported_are_refused(flags: dict[str, str], tmp_path: Path) -> None:
     config = json.loads((ROOT / "configs" / "zero3.json").read_text())
@@ -261,6 +284,7 @@ def test_engines_that_are_not_supported_are_refused(flags: dict[str, str], tmp_p
     assert "Traceback" not in output and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @needs_deepspeed
 def test_bf16_does_not_freeze_doras_magnitudes(flags: dict[str, str], checkpoint: Path, tmp_path: Path) -> None:
     """Working copies are bf16 and move in coarse steps; the float32 masters behind them add up the small ones."""

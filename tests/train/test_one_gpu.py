@@ -12,7 +12,7 @@ from tests.runs import DEEPSPEED, PYTHON, assert_exact, assert_same_run, launch,
 pytestmark = [
     pytest.mark.gpu,
     needs_deepspeed,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU and `make test-gpu`"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU (make test-gpu)"),
 ]
 
 

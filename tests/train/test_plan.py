@@ -300,7 +300,7 @@ def test_known_models_have_their_published_sizes() -> None:
     assert sum(p.numel() for p in model.parameters()) == Architecture.from_config(large_config(32).to_dict()).parameters
 
 
-@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes (make setup-dev)")
 @pytest.mark.parametrize(("bits", "double_quant"), [(4, True), (4, False), (8, True)])
 def test_quantised_weights(tmp_path: Path, bits: int, double_quant: bool) -> None:
     config = small_config(1000, layers=2)
