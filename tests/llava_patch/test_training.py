@@ -20,6 +20,7 @@ from llava_sculpt.model.layout import key_of_original
 from llava_sculpt.train.train import main as train_main
 from tests.llava_patch.conftest import ROOT, TINY
 
+pytestmark = pytest.mark.slow
 STEPS, MASK_STEP = 8, 4
 COMMON = {
     "lora_r": "8",
