@@ -15,6 +15,10 @@ from PIL import Image
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from llava_sculpt.data.tokenizer import LlavaTokenizer
+from llava_sculpt.experiments.tiny_data import _code_hash
+from llava_sculpt.names import TASKS
+from llava_sculpt.tasks import prepare_benchmark
+from llava_sculpt.tiny.world import write_raw_world
 from llava_sculpt.train.train import main as train_main
 from tests.runs import Train
 
@@ -165,3 +169,14 @@ def train(flags: dict[str, str]) -> Train:
         return train_main([word for key, value in given.items() for word in (f"--{key}", value)])
 
     return run
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny world with 24 training samples and 3 validation questions for each task."""
+    root = tmp_path_factory.mktemp("world") / "tiny"
+    write_raw_world(root, 0)
+    for name, task in TASKS.items():
+        prepare_benchmark(name, root / "raw" / name, root / name, samples=24, val_samples=3, **task.tiny_options)
+    (root / "world.json").write_text(json.dumps({"seed": 0, "code": _code_hash()}))
+    return root
