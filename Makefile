@@ -44,7 +44,7 @@ test: setup-dev  ## the fast tests (at most 10 minutes on two cores)
 	$(PYTEST) $(SIDE_BY_SIDE)
 
 test-slow: setup-dev $(LLAVA)/.ready  ## the slow ones: engines, kills, the original LLaVA package
-	$(PYTEST) $(SIDE_BY_SIDE) -m slow --complete
+	$(PYTEST) $(SIDE_BY_SIDE) -m slow
 
 test-all: test test-slow  ## every test (at most 45 minutes)
 
