@@ -161,7 +161,8 @@ def tree(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (tree / "data" / "tiny").symlink_to(tiny_data)
     shutil.copytree(tiny_data / "raw", tree / "data" / "raw", copy_function=os.link)
     (tree / "answers.jsonl").write_text(json.dumps({"question_id": 1, "answer": "dog"}))
-    gold = {"question_id": 1, "image_id": 1, "answers": [{"answer": "dog"}] * 10}
+    answers = [{"answer_id": n, "answer": "dog"} for n in range(1, 11)]
+    gold = {"question_id": 1, "image_id": 1, "answers": answers}
     (tree / "gold.json").write_text(json.dumps({"annotations": [gold]}))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tree)
