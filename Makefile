@@ -10,7 +10,7 @@ LLAVA := .venv-llava/bin
 JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 SIDE_BY_SIDE := -n $(JOBS) --dist loadfile
-QUICK := tests/test_rooms.py tests/data tests/methods tests/sculpt tests/tasks
+QUICK := tests/test_rooms.py tests/data tests/methods tests/sculpt tests/tasks --ignore=tests/sculpt/test_partitioned.py
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev demo check test test-slow test-all test-gpu parity lint bench tiny-model clean
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from llava_sculpt.cli import main
-from llava_sculpt.config import METHODS, parse_config
+from llava_sculpt.config import parse_config
 from llava_sculpt.experiments import finetune
 from llava_sculpt.experiments.grid import config_file, read_mapping
+from llava_sculpt.names import TRAINED
 
 
 @pytest.mark.parametrize(
@@ -46,7 +47,7 @@ def test_a_flag_that_no_command_knows() -> None:
     assert done.returncode == 2 and "--colour" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TRAINED)
 def test_every_method_is_one_flag_of_a_committed_recipe(
     method: str,
     training_data: Path,
