@@ -1,42 +1,58 @@
 # `make help` lists the targets. PYTHON picks the interpreter that makes .venv. TORCH_ARGS goes to pip with torch: on
-# Linux without a GPU, PyTorch's own CPU index saves gigabytes (README, "Set-up").
+# Linux without a GPU, PyTorch's own CPU index saves gigabytes (README.md, "Try it").
 PYTHON ?= python3
 TORCH_ARGS ?=
 BIN := .venv/bin
 # The original LLaVA package wants versions of its own, and Python 3.11 or older.
 LLAVA_PYTHON ?= python3.11
 LLAVA := .venv-llava/bin
+# Test files go to two processes, one thread each: more threads than cores make torch many times slower.
+JOBS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+SIDE_BY_SIDE := -n $(JOBS) --dist loadfile
+QUICK := tests/test_rooms.py tests/data tests/methods tests/sculpt tests/tasks --ignore=tests/sculpt/test_partitioned.py
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-gpu parity lint bench tiny-model clean
+.PHONY: help setup setup-dev demo check test test-slow test-all test-gpu parity lint bench tiny-model clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
-setup: $(BIN)/.ready  ## make .venv with everything the tiny scale, the tests and the linter need
+setup: $(BIN)/.ready  ## make .venv with what training and evaluation need
+
+setup-dev: $(BIN)/.ready-dev  ## the same with DeepSpeed, bitsandbytes, pycocoevalcap, the test tools and the linters
 
 $(BIN)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
 	# torch alone first, so that nothing else decides which build of it comes.
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch $(TORCH_ARGS)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	touch $@
+
+$(BIN)/.ready-dev: $(BIN)/.ready
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@
 
 demo: setup  ## zero-shot, LoRA and LoRASculpt on tiny IconQA
 	bash scripts/demo.sh
 
-test: setup  ## the fast tests (at most 10 minutes on two cores)
-	$(BIN)/python -m pytest
+check: lint  ## while working: lint, types and the quickest tests (a minute on two cores)
+	$(PYTEST) $(SIDE_BY_SIDE) $(QUICK)
 
-test-all: setup  ## every test, the slow ones too
-	$(BIN)/python -m pytest -m ""
+test: setup-dev  ## the fast tests (at most 10 minutes on two cores)
+	$(PYTEST) $(SIDE_BY_SIDE)
 
-test-gpu: setup  ## what there is to test on a GPU, on one (every other test runs on the CPU)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[deepspeed,bitsandbytes]"
+test-slow: setup-dev $(LLAVA)/.ready  ## the slow ones: engines, kills, the original LLaVA package
+	$(PYTEST) $(SIDE_BY_SIDE) -m slow
+
+test-all: test test-slow  ## every test (at most 45 minutes)
+
+test-gpu: setup-dev  ## the tests that a GPU is for, on one (every other test runs on the CPU)
 	$(BIN)/python -m pytest --gpu
 
-parity: setup $(LLAVA)/.ready  ## compare with the original LLaVA package, in an environment of its own (1.2 GB)
-	$(BIN)/python -m pytest -m "" tests/llava_patch
+parity: setup-dev $(LLAVA)/.ready  ## compare with the original LLaVA package, in an environment of its own (1.2 GB)
+	$(PYTEST) -m "" tests/llava_patch
 
 $(LLAVA)/.ready: constraints-llava.txt
 	$(LLAVA_PYTHON) -m venv .venv-llava
@@ -47,8 +63,9 @@ $(LLAVA)/.ready: constraints-llava.txt
 	$(LLAVA)/python -c "import llava.train.train"
 	touch $@
 
-lint: setup  ## ruff, mypy, YAML and shell scripts
+lint: setup-dev  ## ruff, mypy, YAML and shell scripts
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python scripts/check_files.py
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,12 @@ from PIL import Image
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from llava_sculpt.data.tokenizer import LlavaTokenizer
+from llava_sculpt.experiments.tiny_data import _code_hash
+from llava_sculpt.names import TASKS
+from llava_sculpt.tasks import prepare_benchmark
+from llava_sculpt.tiny.world import write_raw_world
+from llava_sculpt.train.train import main as train_main
+from tests.runs import Train
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 FIXTURES = Path(__file__).parent / "data" / "fixtures"
@@ -23,6 +30,7 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gpu", action="store_true", help="the fast tests marked gpu, on one GPU; all others use the CPU")
+    parser.addoption("--complete", action="store_true", help="fail if a test is skipped that does not need a GPU")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -34,6 +42,33 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     if not torch.cuda.is_available():
         raise pytest.UsageError("--gpu: there is no GPU here")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What runs beside the original LLaVA package is slow, like the making of that package's environment."""
+    for item in items:
+        if "llava_python" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
+def skip_reasons(config: pytest.Config) -> Counter[str]:
+    skipped = config.pluginmanager.get_plugin("terminalreporter").stats.get("skipped", [])
+    return Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    config = session.config
+    if config.option.complete and not hasattr(config, "workerinput"):  # pytest-xdist's workers report elsewhere
+        wanted = [reason for reason in skip_reasons(config) if not reason.startswith("needs a GPU")]
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED if wanted else session.exitstatus
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One line: what was skipped, and why."""
+    reasons = skip_reasons(terminalreporter.config)
+    if reasons:
+        line = "skipped: " + "; ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
+        terminalreporter.write_line(line, yellow=True)
 
 
 def make_checkpoint(folder: Path, seed: int = 0) -> Path:
@@ -104,3 +139,44 @@ def training_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         records.append(record)
     (folder / "train.json").write_text(json.dumps(records))
     return folder
+
+
+@pytest.fixture(scope="session")
+def flags(checkpoint: Path, training_data: Path) -> dict[str, str]:
+    """A run of 18 optimizer steps (6 an epoch, batch 4) whose masks are made before step 5."""
+    return {
+        "model_name_or_path": str(checkpoint),
+        "data_path": str(training_data / "train.json"),
+        "image_folder": str(training_data / "images"),
+        "lora_r": "8",
+        "per_device_train_batch_size": "4",
+        "learning_rate": "5e-3",
+        "mm_projector_lr": "1e-3",
+        "sculpt_alpha": "0.1",
+        "sculpt_warmup_steps": "5",
+        "logging_steps": "1",
+        "save_steps": "100",
+        "disable_tqdm": "True",
+    }
+
+
+@pytest.fixture(scope="session")
+def train(flags: dict[str, str]) -> Train:
+    """`train(output_dir, lora_r=4, ...)` runs the training entry point in this process and returns its exit code."""
+
+    def run(output_dir: Path, **overrides: object) -> int:
+        given = {**flags, "output_dir": str(output_dir), **{k: str(v) for k, v in overrides.items()}}
+        return train_main([word for key, value in given.items() for word in (f"--{key}", value)])
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny world with 24 training samples and 3 validation questions for each task."""
+    root = tmp_path_factory.mktemp("world") / "tiny"
+    write_raw_world(root, 0)
+    for name, task in TASKS.items():
+        prepare_benchmark(name, root / "raw" / name, root / name, samples=24, val_samples=3, **task.tiny_options)
+    (root / "world.json").write_text(json.dumps({"seed": 0, "code": _code_hash()}))
+    return root

@@ -18,7 +18,9 @@ from llava_sculpt.evaluation.scorers.caption import ptb_tokens, tokenize
 from llava_sculpt.evaluation.scorers.cider import cider_d
 from llava_sculpt.evaluation.scorers.scorer import Pairs, Score
 
-needs_ptb = pytest.mark.skipif(caption.ptb_obstacle() is not None, reason=str(caption.ptb_obstacle()))
+needs_ptb = pytest.mark.skipif(
+    caption.ptb_obstacle() is not None, reason=f"needs the PTB tokenizer: {caption.ptb_obstacle()}"
+)
 
 
 def reference_cider_d(references: list[list[str]], candidates: list[str]) -> list[float]:
@@ -69,7 +71,7 @@ def test_cider_d_is_its_definition(world):
 
 
 def test_cider_d_equals_pycocoevalcap():
-    cider = pytest.importorskip("pycocoevalcap.cider.cider")
+    cider = pytest.importorskip("pycocoevalcap.cider.cider", reason="needs pycocoevalcap (make setup-dev)")
     rng = random.Random(0)
     for vocabulary in (2, 5, 30):
         references = [[random_caption(rng, vocabulary) for _ in range(rng.randint(1, 5))] for _ in range(20)]
@@ -110,7 +112,7 @@ def test_python_tokenizer(text, expected):
 
 def test_without_java_the_metric_has_another_name(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    pytest.importorskip("pycocoevalcap")
+    pytest.importorskip("pycocoevalcap", reason="needs pycocoevalcap (make setup-dev)")
     gold = [["a red bus"], ["two dogs sleep"]]
     score = score_captions(gold, [(0, "A red bus."), (1, "a cat")])
     assert score.metric == "CIDEr (not PTB)"
@@ -120,7 +122,7 @@ def test_without_java_the_metric_has_another_name(monkeypatch):
 
 
 def test_a_java_that_only_fails_counts_as_none(monkeypatch, tmp_path):
-    pytest.importorskip("pycocoevalcap")
+    pytest.importorskip("pycocoevalcap", reason="needs pycocoevalcap (make setup-dev)")
     (tmp_path / "java").write_text("#!/bin/sh\nexit 1\n")
     (tmp_path / "java").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))

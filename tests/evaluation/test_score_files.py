@@ -15,7 +15,9 @@ from llava_sculpt.evaluation.scorers import caption
 from tests.evaluation.make_golden_scores import differences
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden_scores.json").read_text(encoding="utf-8"))
-needs_ptb = pytest.mark.skipif(caption.ptb_obstacle() is not None, reason=str(caption.ptb_obstacle()))
+needs_ptb = pytest.mark.skipif(
+    caption.ptb_obstacle() is not None, reason=f"needs the PTB tokenizer: {caption.ptb_obstacle()}"
+)
 
 
 def put(path: Path, content: Any) -> Path:

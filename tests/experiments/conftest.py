@@ -14,11 +14,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llava_sculpt.experiments.tiny_data import _code_hash
-from llava_sculpt.names import TASKS
-from llava_sculpt.tasks import prepare_benchmark
-from llava_sculpt.tiny.world import write_raw_world
-
 REPOSITORY = Path(__file__).parents[2]
 # Eight optimizer steps with a checkpoint every two; masks before step 3.
 SHORT = {
@@ -29,17 +24,6 @@ SHORT = {
     "logging_steps": 2,
     "learning_rate": 1.0e-3,
 }
-
-
-@pytest.fixture(scope="session")
-def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny world with 24 training samples and 3 validation questions for each task."""
-    root = tmp_path_factory.mktemp("world") / "tiny"
-    write_raw_world(root, 0)
-    for name, task in TASKS.items():
-        prepare_benchmark(name, root / "raw" / name, root / name, samples=24, val_samples=3, **task.tiny_options)
-    (root / "world.json").write_text(json.dumps({"seed": 0, "code": _code_hash()}))
-    return root
 
 
 @pytest.fixture

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from llava_sculpt.cli import _METHODS, main
-from llava_sculpt.config import METHODS, parse_config
+from llava_sculpt.cli import main
+from llava_sculpt.config import parse_config
 from llava_sculpt.experiments import finetune
 from llava_sculpt.experiments.grid import read_mapping
-from llava_sculpt.names import config_file
-from tests.train.conftest import flags, train  # noqa: F401
+from llava_sculpt.names import TRAINED, config_file
 
 
 @pytest.mark.parametrize(
@@ -52,7 +51,7 @@ def test_a_flag_that_no_command_knows() -> None:
     assert done.returncode == 2 and "--colour" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TRAINED)
 def test_every_method_is_one_flag_of_a_committed_recipe(
     method: str,
     training_data: Path,
@@ -60,7 +59,6 @@ def test_every_method_is_one_flag_of_a_committed_recipe(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """`--method` of the main job, down to the configuration that training gets."""
-    assert _METHODS == METHODS
     prepared = tmp_path / "iconqa"
     prepared.mkdir()
     (prepared / "train.json").write_bytes((training_data / "train.json").read_bytes())
@@ -77,7 +75,7 @@ def test_every_method_is_one_flag_of_a_committed_recipe(
     assert config.training.learning_rate == read_mapping(recipe)["learning_rate"]
 
 
-def test_inspect_tells_densities(train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+def test_inspect_tells_densities(train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(tmp_path / "run", max_steps=7) == 0
     capsys.readouterr()
     assert main(["inspect", str(tmp_path / "run"), "--json"]) == 0

@@ -12,7 +12,6 @@ import pytest
 from huggingface_hub import HfApi, ModelCard
 
 from llava_sculpt.artifacts.model_card import upload_results, write_model_card
-from tests.train.conftest import flags, train  # noqa: F401
 
 
 class Hub:
@@ -47,7 +46,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
     return hub
 
 
-def test_a_finished_run_is_uploaded_whole(train, hub: Hub, tmp_path: Path) -> None:  # noqa: F811
+def test_a_finished_run_is_uploaded_whole(train, hub: Hub, tmp_path: Path) -> None:
     folder = tmp_path / "my-run"
     assert train(folder, max_steps=6, save_steps=2, push_to_hub=True, hub_token="hf_secret") == 0
     assert hub.repositories == ["my-run"]
@@ -79,12 +78,12 @@ def test_a_finished_run_is_uploaded_whole(train, hub: Hub, tmp_path: Path) -> No
     assert "hf_secret" not in card.content and str(tmp_path) not in card.content
 
 
-def test_without_the_flag_nothing_is_sent(train, hub: Hub, tmp_path: Path) -> None:  # noqa: F811
+def test_without_the_flag_nothing_is_sent(train, hub: Hub, tmp_path: Path) -> None:
     assert train(tmp_path / "run", max_steps=2, sculpt_warmup_steps=1) == 0
     upload_results(tmp_path / "run")
     assert hub.uploads == hub.repositories == []
 
 
-def test_uploads_during_training_are_refused(train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+def test_uploads_during_training_are_refused(train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(tmp_path / "run", push_to_hub=True, hub_strategy="every_save") == 2
     assert "hub_strategy" in capsys.readouterr().err

@@ -24,7 +24,7 @@ def llava_python() -> Path:
     """The interpreter of the original package's environment; without it the test is skipped."""
     python = ROOT / ".venv-llava" / "bin" / "python"
     if not python.exists():
-        pytest.skip("NOT COMPARED with the original llava package: `make parity` builds its environment (.venv-llava)")
+        pytest.skip("needs the original LLaVA package (make parity)")
     return python
 
 

@@ -20,7 +20,7 @@ from llava_sculpt.data.dataset import LlavaDataset
 from llava_sculpt.model.files import ADAPTER_FILE, CONNECTOR_FILE, RUN_FILE
 from llava_sculpt.model.load import load_for_inference
 from llava_sculpt.model.lora import lora_pairs
-from tests.train.conftest import Train
+from tests.runs import Train
 
 LANGUAGE = "model.language_model."
 

@@ -31,12 +31,22 @@ from llava_sculpt.model.lora import (
 from llava_sculpt.sculpt import kept_count
 from llava_sculpt.train import train as entry
 from llava_sculpt.train.regularizer import ConflictRegularizer
-from tests.train import test_engines as engines
-from tests.train.conftest import Train
-from tests.train.test_resume import cut_off_after
-from tests.train.test_training import log_of, same_files
+from tests.runs import (
+    DEEPSPEED,
+    PYTHON,
+    TORCHRUN,
+    Train,
+    assert_exact,
+    assert_same_run,
+    cut_off_after,
+    launch,
+    log_of,
+    needs_deepspeed,
+    same_files,
+    zero,
+)
 
-bnb = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
+bnb = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes (make setup-dev)")
 pytestmark = pytest.mark.gpu
 
 LAYER = {4: bnb.nn.Linear4bit, 8: bnb.nn.Linear8bitLt}
@@ -334,20 +344,20 @@ def test_bf16(train: Train, tmp_path: Path, bits: int) -> None:
 
 @pytest.mark.slow
 @both_bits
-@pytest.mark.parametrize("engine", ["torchrun", pytest.param("zero2", marks=engines.needs_deepspeed)])
+@pytest.mark.parametrize("engine", ["torchrun", pytest.param("zero2", marks=needs_deepspeed)])
 def test_two_processes_train_what_one_trains(flags: dict[str, str], tmp_path: Path, bits: int, engine: str) -> None:
     quantised = {**flags, "bits": str(bits)}
-    engines.launch(engines.PYTHON, quantised, tmp_path / "one")
+    launch(PYTHON, quantised, tmp_path / "one")
     two = {**quantised, "per_device_train_batch_size": "2"}
     if engine == "zero2":
-        engines.launch(engines.DEEPSPEED, {**two, **engines.zero("zero2")}, tmp_path / "two")
+        launch(DEEPSPEED, {**two, **zero("zero2")}, tmp_path / "two")
     else:
-        engines.launch(engines.TORCHRUN, two, tmp_path / "two")
-    engines.assert_same_run(tmp_path / "two", tmp_path / "one")
-    engines.assert_exact(tmp_path / "two", processes=2)
+        launch(TORCHRUN, two, tmp_path / "two")
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+    assert_exact(tmp_path / "two", processes=2)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a limit of bitsandbytes' CPU kernels")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs no GPU: a limit of bitsandbytes' CPU kernels")
 def test_four_bits_with_odd_widths_are_refused_on_a_cpu(
     train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from llava_sculpt.sculpt import Retention, conflict_penalty, retention_mask
 from llava_sculpt.sculpt.cmr import FUSED_MAX_RANK, fused_gradients_on
 
-pytest.importorskip("triton", reason="needs triton (part of PyTorch's CUDA builds; on a CPU: pip install triton)")
+pytest.importorskip("triton", reason="needs triton (make setup-dev; on Linux)")
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 with pytest.MonkeyPatch.context() as patch:  # read when the kernel is declared
     if DEVICE.type == "cpu":
@@ -90,7 +90,7 @@ def test_a_wrong_kernel_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
         assert fused_gradients_on(DEVICE, 17, "fro") is None
 
 
-@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU and `make test-gpu`")
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU (make test-gpu)")
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("r", [16, 32, 64, FUSED_MAX_RANK, FUSED_MAX_RANK + 1])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

@@ -17,8 +17,7 @@ from llava_sculpt.errors import UserError
 from llava_sculpt.train import train as entry
 from llava_sculpt.train.train import main
 from tests.conftest import make_checkpoint
-from tests.train.conftest import Train
-from tests.train.test_training import same_files
+from tests.runs import Train, same_files
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,7 @@ from llava_sculpt.model.checkpoint import find_base_checkpoint
 from llava_sculpt.model.files import ADAPTER_CONFIG, ADAPTER_FILE, CONNECTOR_FILE, MASKS_FILE
 from llava_sculpt.model.load import load_base, load_for_inference
 from llava_sculpt.model.lora import lora_pairs
-from tests.train.conftest import Train
-from tests.train.test_resume import cut_off_after
-from tests.train.test_training import log_of, same_files
+from tests.runs import Train, cut_off_after, log_of, same_files
 
 TRAINED = (ADAPTER_FILE, CONNECTOR_FILE)
 MODULES = 14  # 2 layers x 7

@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import random
-import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -20,63 +14,28 @@ import torch
 from safetensors.torch import load_file
 
 from llava_sculpt.model.checkpoint import find_base_checkpoint
-from llava_sculpt.model.files import ADAPTER_FILE, CONNECTOR_FILE, MASKS_FILE
+from llava_sculpt.model.files import ADAPTER_FILE
 from llava_sculpt.model.load import load_base
-from tests.train.test_resume import cut_off_after
-from tests.train.test_training import log_of, same_files
-
-pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[2]
-BIN = Path(sys.executable).parent
-STEPS, MASK_STEP = 8, 5
-
-PYTHON = [sys.executable]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-DEEPSPEED = [str(BIN / "deepspeed"), "--num_gpus", "2"]
-ACCELERATE = [str(BIN / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2"]
-needs_deepspeed = pytest.mark.skipif(
-    find_spec("deepspeed") is None or shutil.which("deepspeed", path=str(BIN)) is None, reason="needs deepspeed"
+from tests.runs import (
+    ACCELERATE,
+    DEEPSPEED,
+    PYTHON,
+    ROOT,
+    TORCHRUN,
+    assert_exact,
+    assert_same_run,
+    cut_off_after,
+    free_port,
+    launch,
+    log_of,
+    needs_deepspeed,
+    probe_of,
+    same_files,
+    start,
+    zero,
 )
 
-
-def zero(name: str) -> dict[str, str]:
-    return {"deepspeed": str(ROOT / "configs" / f"{name}.json")}
-
-
-def start(command: list[str], flags: dict[str, str], output_dir: Path) -> subprocess.Popen[str]:
-    given = {**flags, "output_dir": str(output_dir), "max_steps": str(STEPS), "lora_dropout": "0"}
-    words = [word for key, value in given.items() for word in (f"--{key}", value)]
-    # DS_ACCELERATOR is not set: on a machine without a GPU there must be no variable to remember.
-    environment = {k: v for k, v in os.environ.items() if k != "DS_ACCELERATOR"}
-    environment |= {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-    if "--master_port" not in command and command != PYTHON:
-        port = "--main_process_port" if command == ACCELERATE else "--master_port"
-        command = [*command, port, str(free_port())]
-    return subprocess.Popen(
-        [*command, str(ROOT / "tests" / "train" / "probe.py"), *words],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,  # a launcher and its processes can be killed together
-    )
-
-
-def launch(command: list[str], flags: dict[str, str], output_dir: Path, code: int | None = 0) -> str:
-    process = start(command, flags, output_dir)
-    output, _ = process.communicate(timeout=300)
-    assert code is None or process.returncode == code, output[-6000:]
-    return output
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def probe_of(folder: Path, rank: int = 0) -> dict:
-    return json.loads((folder.parent / f"probe-{folder.name}-{rank}.json").read_text())
+MASK_STEP = 5
 
 
 @pytest.fixture(scope="module")
@@ -86,52 +45,31 @@ def one(flags: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-def assert_same_run(folder: Path, one: Path, tolerance: float = 1e-5) -> None:
-    """Loss trajectory, logged CMR, masks, LoRA and connector."""
-    ours, theirs = log_of(folder), log_of(one)
-    assert len(ours) == len(theirs) == STEPS
-    for mine, other in zip(ours, theirs, strict=True):
-        assert mine["loss"] == pytest.approx(other["loss"], abs=tolerance)
-        assert mine["cmr_llm"] == pytest.approx(other["cmr_llm"], rel=1e-4, abs=1e-7)
-        assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
-        assert mine["density"] == pytest.approx(other["density"], abs=1e-4)
-    assert (folder / MASKS_FILE).read_bytes() == (one / MASKS_FILE).read_bytes()
-    for name in (ADAPTER_FILE, CONNECTOR_FILE):
-        mine_file, other_file = load_file(folder / name), load_file(one / name)
-        assert mine_file.keys() == other_file.keys()
-        for key in mine_file:
-            assert (mine_file[key] - other_file[key]).abs().max() <= tolerance
-
-
-def assert_exact(folder: Path, processes: int) -> None:
-    """Nothing off the masks in any copy after any step; the scheduled rate for every group at every step."""
-    weights, masks = load_file(folder / ADAPTER_FILE), load_file(folder / MASKS_FILE)
-    assert not any(weights[key].masked_select(~mask).any() for key, mask in masks.items())
-    for rank in range(processes):
-        steps = probe_of(folder, rank)["steps"]
-        assert len(steps) == STEPS
-        for index, step in enumerate(steps):
-            assert step["off_mask"] == 0
-            # One step of warm-up, then a cosine over the other seven.
-            share = 0.0 if index == 0 else 0.5 * (1 + math.cos(math.pi * (index - 1) / (STEPS - 1)))
-            assert step["rates"] == {
-                "lora": pytest.approx(5e-3 * share, rel=1e-9),
-                "connector": pytest.approx(1e-3 * share, rel=1e-9),
-            }
-
-
+# DeepSpeed's two stages with accumulated gradients are in `make test`, the other ways in `make test-slow`.
+ENGINES = {
+    "torchrun-ddp": (TORCHRUN, {}, "DistributedDataParallel", None),
+    "accelerate-ddp": (ACCELERATE, {}, "DistributedDataParallel", None),
+    "zero2": (DEEPSPEED, zero("zero2"), "DeepSpeedEngine", 2),
+    "zero3": (DEEPSPEED, zero("zero3"), "DeepSpeedEngine", 3),
+    "zero3-offload": (DEEPSPEED, zero("zero3_offload"), "DeepSpeedEngine", 3),
+    "torchrun-zero3": (TORCHRUN, zero("zero3"), "DeepSpeedEngine", 3),
+}
 CASES = [
-    pytest.param(TORCHRUN, {}, "DistributedDataParallel", None, id="torchrun-ddp"),
-    pytest.param(ACCELERATE, {}, "DistributedDataParallel", None, id="accelerate-ddp"),
-    pytest.param(DEEPSPEED, zero("zero2"), "DeepSpeedEngine", 2, id="zero2", marks=needs_deepspeed),
-    pytest.param(DEEPSPEED, zero("zero3"), "DeepSpeedEngine", 3, id="zero3", marks=needs_deepspeed),
-    pytest.param(DEEPSPEED, zero("zero3_offload"), "DeepSpeedEngine", 3, id="zero3-offload", marks=needs_deepspeed),
-    pytest.param(TORCHRUN, zero("zero3"), "DeepSpeedEngine", 3, id="torchrun-zero3", marks=needs_deepspeed),
+    pytest.param(
+        *engine,
+        accumulation,
+        id=f"{accumulation}-{name}",
+        marks=[
+            *([needs_deepspeed] if "deepspeed" in engine[1] else []),
+            *([] if name in ("zero2", "zero3") and accumulation == 4 else [pytest.mark.slow]),
+        ],
+    )
+    for accumulation in (1, 4)
+    for name, engine in ENGINES.items()
 ]
 
 
-@pytest.mark.parametrize(("command", "engine_flags", "engine", "stage"), CASES)
-@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize(("command", "engine_flags", "engine", "stage", "accumulation"), CASES)
 def test_two_processes_train_what_one_trains(
     flags: dict[str, str],
     one: Path,
@@ -156,6 +94,7 @@ def test_two_processes_train_what_one_trains(
     assert_exact(tmp_path / "two", 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2, 8])
 def test_one_process_trains_the_same_however_a_step_is_split(
     flags: dict[str, str], one: Path, tmp_path: Path, accumulation: int
@@ -169,6 +108,7 @@ def test_one_process_trains_the_same_however_a_step_is_split(
     assert_exact(tmp_path / "split", 1)
 
 
+@pytest.mark.slow
 @needs_deepspeed
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_bf16_holds_the_masks_in_every_copy(flags: dict[str, str], one: Path, tmp_path: Path, stage: str) -> None:
@@ -180,6 +120,7 @@ def test_bf16_holds_the_masks_in_every_copy(flags: dict[str, str], one: Path, tm
         assert mine["loss"] == pytest.approx(other["loss"], rel=1e-2)
 
 
+@pytest.mark.slow
 @needs_deepspeed
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_text_only_micro_batch_on_one_process(flags: dict[str, str], tmp_path: Path, stage: str) -> None:
@@ -191,6 +132,7 @@ def test_text_only_micro_batch_on_one_process(flags: dict[str, str], tmp_path: P
     assert_same_run(tmp_path / "two", tmp_path / "one")
 
 
+@pytest.mark.slow
 @needs_deepspeed
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_connector_regularizer(flags: dict[str, str], tmp_path: Path, stage: str) -> None:
@@ -203,6 +145,7 @@ def test_connector_regularizer(flags: dict[str, str], tmp_path: Path, stage: str
     assert log_of(tmp_path / "two")[-1]["cmr_connector"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "engine_flags"),
     [
@@ -244,6 +187,7 @@ def test_baselines(
     assert all((trained[key] - expected[key]).abs().max() <= tolerance for key in trained)
 
 
+@pytest.mark.slow
 @needs_deepspeed
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_resumed_equals_uninterrupted(flags: dict[str, str], tmp_path: Path, stage: str) -> None:
@@ -270,6 +214,7 @@ def test_resumed_equals_uninterrupted(flags: dict[str, str], tmp_path: Path, sta
         assert (folder / f"checkpoint-{MASK_STEP}").is_dir()
 
 
+@pytest.mark.slow
 @needs_deepspeed
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_killed_before_at_and_after_the_mask_step(flags: dict[str, str], tmp_path: Path, stage: str) -> None:
@@ -291,6 +236,7 @@ def test_killed_before_at_and_after_the_mask_step(flags: dict[str, str], tmp_pat
     assert [r["loss"] for r in log_of(folder)] == [r["loss"] for r in log_of(tmp_path / "whole")]
 
 
+@pytest.mark.slow
 @needs_deepspeed
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_two_launchers_make_one_run(flags: dict[str, str], one: Path, tmp_path: Path, launcher: str) -> None:
@@ -310,6 +256,7 @@ def test_two_launchers_make_one_run(flags: dict[str, str], one: Path, tmp_path: 
     assert_same_run(folder, one)
 
 
+@pytest.mark.slow
 @needs_deepspeed
 def test_quantised_base_is_refused_under_zero3(flags: dict[str, str], tmp_path: Path) -> None:
     output = launch(DEEPSPEED, {**flags, **zero("zero3"), "bits": "4"}, tmp_path / "run", code=None)
@@ -317,6 +264,7 @@ def test_quantised_base_is_refused_under_zero3(flags: dict[str, str], tmp_path: 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_fewer_processes_may_continue_without_deepspeed(flags: dict[str, str], tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     split = {**flags, "per_device_train_batch_size": "2"}
@@ -327,6 +275,7 @@ def test_fewer_processes_may_continue_without_deepspeed(flags: dict[str, str], t
     assert all(torch.allclose(weights[key], expected[key], rtol=0, atol=1e-5) for key in expected)
 
 
+@pytest.mark.slow
 @needs_deepspeed
 def test_engines_that_are_not_supported_are_refused(flags: dict[str, str], tmp_path: Path) -> None:
     config = json.loads((ROOT / "configs" / "zero3.json").read_text())
@@ -338,6 +287,7 @@ def test_engines_that_are_not_supported_are_refused(flags: dict[str, str], tmp_p
     assert "Traceback" not in output and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @needs_deepspeed
 def test_bf16_does_not_freeze_doras_magnitudes(flags: dict[str, str], checkpoint: Path, tmp_path: Path) -> None:
     """Working copies are bf16 and move in coarse steps; the float32 masters behind them add up the small ones."""

@@ -7,21 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.train.test_engines import (
-    DEEPSPEED,
-    PYTHON,
-    assert_exact,
-    assert_same_run,
-    launch,
-    needs_deepspeed,
-    zero,
-)
-from tests.train.test_training import log_of
+from tests.runs import DEEPSPEED, PYTHON, assert_exact, assert_same_run, launch, log_of, needs_deepspeed, zero
 
 pytestmark = [
     pytest.mark.gpu,
     needs_deepspeed,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU and `make test-gpu`"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU (make test-gpu)"),
 ]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import weakref
@@ -46,9 +45,8 @@ from llava_sculpt.model.checkpoint import BaseCheckpoint
 from llava_sculpt.model.load import load_base
 from llava_sculpt.model.lora import CONNECTOR_TARGETS, inject_lora, lora_pairs
 from llava_sculpt.train.regularizer import ConflictRegularizer
+from tests.runs import DEEPSPEED, ROOT, needs_deepspeed, start_script
 
-ROOT = Path(__file__).parents[2]
-BIN = Path(sys.executable).parent
 WITHIN = 0.15
 RANK = 16
 
@@ -302,7 +300,7 @@ def test_known_models_have_their_published_sizes() -> None:
     assert sum(p.numel() for p in model.parameters()) == Architecture.from_config(large_config(32).to_dict()).parameters
 
 
-@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes (make setup-dev)")
 @pytest.mark.parametrize(("bits", "double_quant"), [(4, True), (4, False), (8, True)])
 def test_quantised_weights(tmp_path: Path, bits: int, double_quant: bool) -> None:
     config = small_config(1000, layers=2)
@@ -441,16 +439,12 @@ def test_every_option_moves_the_part_it_should() -> None:
 
 
 @pytest.mark.slow
+@needs_deepspeed
 @pytest.mark.parametrize("stage", [2, 3])
 def test_what_two_deepspeed_processes_hold(tmp_path: Path, stage: int) -> None:
-    if find_spec("deepspeed") is None or shutil.which("deepspeed", path=str(BIN)) is None:
-        pytest.skip("needs deepspeed")
-    script = tmp_path / "held.py"
-    script.write_text(_HELD.format(root=str(ROOT), out=str(tmp_path / "held.json"), stage=stage))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": f"{BIN}:{os.environ['PATH']}"}
-    command = [str(BIN / "deepspeed"), "--num_accelerators", "2", str(script)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    process = start_script(DEEPSPEED, "held.py", str(stage), str(tmp_path / "held.json"))
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-6000:]
     held = json.loads((tmp_path / "held.json").read_text())
     bucket = Zero(stage, reduce_bucket=1_000_000, overlap=True, persistence_threshold=0)
     setup = setup_of(small_config(1000, layers=4), half=True, zero=bucket, gpus=2, lora_r=64, checkpointing=False)
@@ -458,68 +452,3 @@ def test_what_two_deepspeed_processes_hold(tmp_path: Path, stage: int) -> None:
     assert agrees(base_weights(setup), held["frozen"])
     assert agrees(trained_weights(setup), held["trained"])
     assert agrees(gradients(setup), held["gradients"])
-
-
-_HELD = """
-import json, sys
-sys.path.insert(0, {root!r})
-import deepspeed, torch
-from tests.train.test_plan import batch_of, build, setup_of, small_config
-
-config = small_config(1000, layers=4)
-setup = setup_of(config, lora_r=64, checkpointing=False)
-deepspeed.init_distributed("gloo")
-torch.manual_seed(0)
-model = build(config, setup)
-zero = {{"stage": {stage}, "overlap_comm": True, "contiguous_gradients": True, "reduce_bucket_size": 1_000_000,
-        "stage3_param_persistence_threshold": 0}}
-engine, *_ = deepspeed.initialize(
-    model=model,
-    optimizer=torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]),
-    config={{"train_micro_batch_size_per_gpu": 2, "bf16": {{"enabled": True}}, "zero_optimization": zero,
-            "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}},
-)
-for _ in range(2):
-    batch = batch_of(config, setup)
-    batch["pixel_values"] = batch["pixel_values"].bfloat16()
-    loss = engine(**batch).loss
-    optimizer = engine.optimizer
-    def count(tensors):
-        return {{t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}}
-    def walk(thing):
-        if torch.is_tensor(thing):
-            yield thing
-        elif isinstance(thing, dict):
-            for value in thing.values():
-                yield from walk(value)
-        elif isinstance(thing, (list, tuple)):
-            for value in thing:
-                yield from walk(value)
-            yield from walk(getattr(thing, "flat_partition", None))
-    def bytes_of_buckets():
-        return sum(count(walk([bucket.buffer for bucket in optimizer.ipg_buckets.values()])).values())
-    held_buckets = bytes_of_buckets()
-    if {stage} == 2:  # it lets go of its buckets at the end of backward
-        release = type(optimizer)._release_ipg_buffers
-        def measure_and_release():
-            global held_buckets
-            held_buckets = max(held_buckets, bytes_of_buckets())
-            release(optimizer)
-        optimizer._release_ipg_buffers = measure_and_release
-    engine.backward(loss)
-    del loss, batch
-    partition = optimizer.grad_partitions_flat_buffer if {stage} == 3 else optimizer.averaged_gradients
-    held_gradients = sum(count(walk(partition)).values()) + held_buckets
-    engine.step()
-held = lambda p: getattr(p, "ds_tensor", p)
-masters = optimizer.fp32_partitioned_groups_flat if {stage} == 3 else optimizer.single_partition_of_fp32_groups
-states = [t for s in optimizer.optimizer.state.values() for t in walk(s)]
-out = {{
-    "optimizer": sum(count([*masters, *states]).values()),
-    "frozen": sum(count([held(p) for p in model.parameters() if not p.requires_grad]).values()),
-    "trained": sum(count([held(p) for p in model.parameters() if p.requires_grad]).values()),
-    "gradients": held_gradients,
-}}
-if torch.distributed.get_rank() == 0:
-    json.dump(out, open({out!r}, "w"))
-"""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,9 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llava_sculpt.model.files import ADAPTER_FILE, CONNECTOR_FILE, MASKS_FILE, RUN_FILE, write_tensors
-from tests.train.conftest import Train
-from tests.train.test_training import log_of, same_files
+from llava_sculpt.model.files import ADAPTER_FILE, CONNECTOR_FILE, MASKS_FILE, write_tensors
+from tests.runs import Train, cut_off_after, log_of, same_files
 
 pytestmark = pytest.mark.gpu
 
@@ -29,17 +27,6 @@ STEPS, MASK_STEP = 18, 5
 def with_checkpoints(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("resume") / "whole"
     assert train(folder, save_steps=1, save_total_limit=100) == 0
-    return folder
-
-
-def cut_off_after(step: int, whole: Path, folder: Path) -> Path:
-    """A run folder as a kill after `step` leaves it."""
-    folder.mkdir()
-    shutil.copytree(whole / f"checkpoint-{step}", folder / f"checkpoint-{step}")
-    record = json.loads((whole / RUN_FILE).read_text())
-    (folder / RUN_FILE).write_text(json.dumps({**record, "status": "running"}))
-    (folder / ".saving" / f"checkpoint-{step + 1}").mkdir(parents=True)  # the kill came while saving
-    (folder / ".saving" / f"checkpoint-{step + 1}" / ADAPTER_FILE).write_bytes(b"half")
     return folder
 
 

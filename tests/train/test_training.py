@@ -13,18 +13,9 @@ from transformers import TrainerCallback
 from llava_sculpt.model.files import ADAPTER_FILE, CONNECTOR_FILE, MASKS_FILE
 from llava_sculpt.sculpt import kept_count
 from llava_sculpt.train import train as entry
-from tests.train.conftest import Train
+from tests.runs import Train, log_of, same_files
 
 pytestmark = pytest.mark.gpu
-
-
-def log_of(folder: Path) -> list[dict[str, float]]:
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [entry for entry in history if "loss" in entry]
-
-
-def same_files(a: Path, b: Path, names: tuple[str, ...] = (ADAPTER_FILE, CONNECTOR_FILE, MASKS_FILE)) -> bool:
-    return all((a / name).read_bytes() == (b / name).read_bytes() for name in names)
 
 
 @pytest.fixture(scope="module")

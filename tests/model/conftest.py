@@ -1,3 +1,0 @@
-from tests.train.conftest import flags, train
-
-__all__ = ["flags", "train"]
