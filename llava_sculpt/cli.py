@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (summary, add_arguments, _) in _COMMANDS.items():
-        add_help = name != "train"  # its flags are the training configuration's, parsed and listed there
+        add_help = name != "train"  # its flags are the training configuration's, read and listed by `train.main`
         command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False, add_help=add_help)
         if arguments[:1] == [name]:  # flags of the others are not needed
             add_arguments(command)

@@ -93,7 +93,8 @@ def train(config: Config, arguments: Sequence[str]) -> int:
     if config.training.world_size > 1:
         state = read_run(output_dir).get("status", state)
     if state == "finished":
-        print(f"{output_dir}: this run is already finished")
+        if config.training.process_index == 0:
+            print(f"{output_dir}: this run is already finished")
         return 0
     resume_from = last_checkpoint(output_dir)
     if resume_from is not None:
@@ -226,10 +227,8 @@ def _check_resume(config: Config, checkpoint: Path, steps: int) -> None:
 
 def _check_engine(config: Config, checkpoint: Path) -> None:
     """DeepSpeed's optimizer state is cut for one ZeRO stage and one number of processes."""
-    here = None
-    if config.training.deepspeed_plugin is not None:
-        here = config.training.deepspeed_plugin.zero_stage, config.training.world_size
-    there = engine_of_checkpoint(checkpoint)
+    plugin, there = config.training.deepspeed_plugin, engine_of_checkpoint(checkpoint)
+    here = None if plugin is None else (plugin.zero_stage, config.training.world_size)
     if there != here:
         names = [
             f"DeepSpeed ZeRO-{engine[0]} with {engine[1]} processes" if engine else "no DeepSpeed"
@@ -244,12 +243,8 @@ def _describe(config: Config, checkpoint: BaseCheckpoint, samples: int, steps: i
     arguments = config.training
     batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     return {
-        "identity": {
-            **config.identity(),
-            "base": base["fingerprint"],
-            "data": data["sha256"],
-            "global_batch_size": batch,
-        },
+        "identity": config.identity()
+        | {"base": base["fingerprint"], "data": data["sha256"], "global_batch_size": batch},
         "config": config.to_dict(),
         "base": base,
         "data": data,

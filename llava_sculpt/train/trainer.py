@@ -53,13 +53,7 @@ class LLaVATrainer(LossTerm, Trainer):
         self._aside = False
         if config.sculpt.method in PENALTIES and config.sculpt.reg_lambda > 0:
             self.regularizer = SumRegularizer(config.sculpt.method, lora_pairs(model), config.sculpt.reg_lambda)
-        super().__init__(
-            model,
-            config.training,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-        )
+        super().__init__(model, config.training, data_collator, train_dataset, eval_dataset)
         self.add_callback(_StepFacts(self))
         self.add_callback(_BackwardEndsAtTheConnector(self))
         self.remove_callback(ProgressCallback)
@@ -96,16 +90,9 @@ class LLaVATrainer(LossTerm, Trainer):
             # The connector's own weights; LoRA on the connector is LoRA.
             kind = "connector" if CONNECTOR in name and "lora_" not in name else "lora"
             lr = connector_lr if kind == "connector" and connector_lr is not None else self.args.learning_rate
-            group = groups.setdefault(
-                (kind, name in decayed),
-                {
-                    "params": [],
-                    "name": kind,
-                    "lr": lr,
-                    "weight_decay": self.args.weight_decay if name in decayed else 0.0,
-                },
-            )
-            group["params"].append(parameter)
+            decay = self.args.weight_decay if name in decayed else 0.0
+            new = {"params": [], "name": kind, "lr": lr, "weight_decay": decay}
+            groups.setdefault((kind, name in decayed), new)["params"].append(parameter)
         optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args)
         # LoRA first: the Trainer logs the first group's rate as the learning rate.
         self.optimizer = optimizer_class([groups[key] for key in sorted(groups, reverse=True)], **options)
