@@ -345,7 +345,7 @@ def _add_edit(parser: argparse.ArgumentParser) -> None:
 
 def _edit(options: argparse.Namespace) -> int:
     from llava_sculpt.artifacts.edit import dare, post_prune
-    from llava_sculpt.artifacts.tailor import model_tailor
+    from llava_sculpt.artifacts.model_tailor import model_tailor
     from llava_sculpt.methods import DROP
 
     if options.edit == "post_prune":

@@ -1,6 +1,6 @@
 """Baselines that change a trained adapter: post-pruning gives an adapter again, DARE a merged model.
 
-(Model Tailor, which also needs training data, is in `tailor.py`.) Outputs are new folders, published in one rename.
+(Model Tailor, which also needs training data, is in `model_tailor.py`.) Outputs are new folders, published in one rename.
 `edit.json` in them says what was done to which adapter, with the training's run.json.
 """
 

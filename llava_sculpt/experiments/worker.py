@@ -33,7 +33,7 @@ PRELOAD = [
     "llava_sculpt.experiments.finetune",
     "llava_sculpt.train.train",
     "llava_sculpt.artifacts.edit",
-    "llava_sculpt.artifacts.tailor",
+    "llava_sculpt.artifacts.model_tailor",
 ]
 _CURVES = ("step", "loss", "task_loss", "cmr_llm", "cmr_connector", *(f"{name}_penalty" for name in PENALTIES))
 _CURVE_POINTS = 40
@@ -170,7 +170,7 @@ def _make_adapter(run: Run, seconds: dict[str, float]) -> int:
 def _edit(run: Run, adapter: Path, folder: Path) -> None:
     """Edit beside the folder and rename, so that a kill leaves it whole or not there."""
     from llava_sculpt.artifacts.edit import dare, post_prune
-    from llava_sculpt.artifacts.tailor import model_tailor
+    from llava_sculpt.artifacts.model_tailor import model_tailor
     from llava_sculpt.experiments.finetune import training_data
 
     partial = folder.with_name(f"{folder.name}.partial")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llava_sculpt.methods import InputHessian, dropped_delta, post_pruned, tailor
-from llava_sculpt.methods.model_tailor import BLOCK_ROWS, damp, scores
+from llava_sculpt.methods.tailor import BLOCK_ROWS, damp, scores
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
