@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import llava_sculpt
+from llava_sculpt.errors import UserError
 
 _PACKAGES = (
     "torch transformers peft accelerate safetensors sentencepiece pillow deepspeed bitsandbytes pycocoevalcap".split()
@@ -38,6 +39,26 @@ def write_atomically(path: Path, content: bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON with sorted keys, atomically; what JSON does not know becomes a string."""
     write_atomically(path, (json.dumps(value, indent=2, sort_keys=True, default=str) + "\n").encode())
+
+
+def read_json(path: Path, missing: str | None = None) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Args:
+        missing: message for a file that is not there.
+
+    Raises:
+        UserError: missing, not readable, not JSON, or another value than an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(missing or f"{path}: missing") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return value
 
 
 def file_sha256(path: str | Path) -> str:

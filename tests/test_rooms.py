@@ -17,7 +17,7 @@ BELOW = {
     "memory": {"errors", "names", "config", "data", "model"},
     "tasks": {"errors", "names", "records", "data"},
     "evaluation": {"errors", "names", "records", "data", "tasks"},
-    "train": {"errors", "names", "records", "config", "data", "sculpt", "methods", "model", "memory"},
+    "train": {"errors", "names", "records", "config", "data", "sculpt", "methods", "model", "artifacts", "memory"},
     "llava_patch": {"errors", "config", "train"},
     "tiny": {"errors", "data", "tasks"},
     "experiments": {

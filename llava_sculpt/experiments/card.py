@@ -137,8 +137,8 @@ llava-sculpt inspect {folder}
 ```
 
 `adapter_model.safetensors` loads with `peft.PeftModel.from_pretrained`; when `connector.safetensors` is there, its
-weights belong into the base model's `multi_modal_projector` as well (`llava_sculpt.model.load.load_for_inference`
-does both).
+weights belong into the base model's `multi_modal_projector` as well
+(`llava_sculpt.artifacts.inference.load_for_inference` does both).
 """,
         encoding="utf-8",
     )

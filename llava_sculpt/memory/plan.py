@@ -23,7 +23,8 @@ from llava_sculpt.data.dataset import read_records
 from llava_sculpt.data.tokenizer import LlavaTokenizer
 from llava_sculpt.errors import UserError
 from llava_sculpt.memory.parts import Architecture, Setup, Zero, memory_parts, moments, step_flops
-from llava_sculpt.model.from_original import CLIP_L_336, hf_config, is_original, known_tower
+from llava_sculpt.model.checkpoint import known_tower
+from llava_sculpt.model.layout import CLIP_L_336, hf_config, is_original
 from llava_sculpt.names import PENALTIES
 
 GIB = 2**30
