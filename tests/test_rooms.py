@@ -14,7 +14,7 @@ BELOW = {
     "methods": {"sculpt"},
     "model": {"errors", "records", "data", "sculpt"},
     "artifacts": {"errors", "records", "data", "sculpt", "methods", "model"},
-    "memory": {"errors", "names", "config", "data", "model"},
+    "memory": {"errors", "names", "records", "config", "data", "model"},
     "tasks": {"errors", "names", "records", "data"},
     "evaluation": {"errors", "names", "records", "data", "tasks"},
     "train": {"errors", "names", "records", "config", "data", "sculpt", "methods", "model", "artifacts", "memory"},

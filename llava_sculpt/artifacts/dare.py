@@ -10,8 +10,8 @@ import torch
 from peft.utils.merge_utils import random_pruning
 from torch import Tensor
 
-from llava_sculpt.artifacts.edit import Base, edit_record, write_edited
-from llava_sculpt.artifacts.merge import open_adapter
+from llava_sculpt.artifacts.edit import Base, write_record
+from llava_sculpt.artifacts.merge import open_adapter, rewrite_checkpoint
 from llava_sculpt.errors import UserError
 
 
@@ -45,7 +45,10 @@ def dare(
         delta = update.delta() if update.magnitude is None else update.apply(weight) - whole
         return whole + dropped_delta(delta, drop, seed, name)
 
-    write_edited(checkpoint, out, change, edit_record(adapter, "dare", {"drop": drop, "seed": seed}))
+    def finish(folder: Path) -> None:
+        write_record(folder, adapter, "dare", {"drop": drop, "seed": seed})
+
+    rewrite_checkpoint(checkpoint, out, change, finish=finish)
 
 
 def dropped_delta(delta: Tensor, drop: float, seed: int, name: str) -> Tensor:

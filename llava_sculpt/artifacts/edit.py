@@ -17,11 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
-import torch
-
-from llava_sculpt.artifacts.merge import rewrite_checkpoint
 from llava_sculpt.model.adapter import read_run
-from llava_sculpt.model.checkpoint import BaseCheckpoint
 from llava_sculpt.model.files import ADAPTER_FILE
 from llava_sculpt.records import file_sha256, versions, write_json
 
@@ -60,22 +56,14 @@ def add_flags(parser: argparse.ArgumentParser, name: str) -> None:
             )
 
 
-def edit_record(adapter: Path, method: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Content of edit.json."""
-    return {
+def write_record(folder: Path, adapter: Path, method: str, settings: dict[str, Any], **more: Any) -> None:
+    """Write edit.json into the folder of a result."""
+    record = {
         "method": method,
         "settings": settings,
         "adapter": {"path": str(adapter), "sha256": file_sha256(adapter / ADAPTER_FILE)},
         "run": read_run(adapter),
         "versions": versions(),
+        **more,
     }
-
-
-def write_edited(
-    checkpoint: BaseCheckpoint,
-    out: Path,
-    change: Callable[[str, torch.Tensor], torch.Tensor | None],
-    record: dict[str, Any],
-) -> None:
-    """Write a changed copy of the base checkpoint with its edit.json; see `rewrite_checkpoint`."""
-    rewrite_checkpoint(checkpoint, out, change, finish=lambda folder: write_json(folder / EDIT_FILE, record))
+    write_json(folder / EDIT_FILE, record)

@@ -112,10 +112,10 @@ def convert_to_hf(source: Path, out: Path) -> None:
     expected = expected_shapes(config)
     expected |= {name: (rows, *expected[name][1:]) for name in (EMBEDDING, HEAD) if name in expected}
 
-    # A tower in the checkpoint is a 16-bit copy that the original overwrites, unless it was trained.
-    # A copy of tied weights is left out, as transformers does.
-    found = [t for t in _renamed(source) if not (t.name.startswith(TOWER) and not own_tower)]
-    found = [t for t in found if not (t.name == HEAD and is_tied(config))]
+    # A tower in the checkpoint is a 16-bit copy that the original overwrites, unless it was trained; lm_head is a copy
+    # of a tied embedding.
+    copies = (() if own_tower else (TOWER,)) + ((HEAD,) if is_tied(config) else ())
+    found = [tensor for tensor in _renamed(source) if not tensor.name.startswith(copies)]
     if not own_tower:
         found += _tower_weights(tower)
     names = [tensor.name for tensor in found]

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from llava_sculpt.artifacts.edit import Base, edit_record, write_edited
-from llava_sculpt.artifacts.merge import WeightUpdate, open_adapter
+from llava_sculpt.artifacts.edit import Base, write_record
+from llava_sculpt.artifacts.merge import WeightUpdate, open_adapter, rewrite_checkpoint
 from llava_sculpt.artifacts.writing import check_new
 from llava_sculpt.data.collator import expand_image
 from llava_sculpt.data.dataset import LlavaDataset, validate_dataset
@@ -112,7 +112,11 @@ def model_tailor(
         "compensation": not no_compensation,
         "data_path": data_path,
     }
-    write_edited(checkpoint, out, change, {**edit_record(adapter, "model_tailor", settings), "layers": layers})
+
+    def finish(folder: Path) -> None:
+        write_record(folder, adapter, "model_tailor", settings, layers=layers)
+
+    rewrite_checkpoint(checkpoint, out, change, finish=finish)
 
 
 def _load(adapter: Path, checkpoint: BaseCheckpoint) -> nn.Module:

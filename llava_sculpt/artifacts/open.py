@@ -71,9 +71,6 @@ def fetch_folder(name_or_path: str, weights: bool = True) -> Path:
 
 def _converted(source: Path, config: dict[str, Any]) -> Path:
     tower = find_tower(source, config["mm_vision_tower"])
-    problems = check_shards(source) + check_shards(tower)
-    if problems:
-        raise UserError(problems)
     name = f"{source.resolve().name}-{conversion_identity(source, tower)[:16]}"
     out = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava_sculpt" / name
     if not out.is_dir():

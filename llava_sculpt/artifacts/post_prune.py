@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Annotated
 
-from llava_sculpt.artifacts.edit import EDIT_FILE, edit_record
+from llava_sculpt.artifacts.edit import write_record
 from llava_sculpt.artifacts.writing import publish
 from llava_sculpt.errors import UserError
 from llava_sculpt.model.adapter import read_adapter_config
@@ -19,7 +19,6 @@ from llava_sculpt.model.files import (
     write_tensors,
 )
 from llava_sculpt.model.lora import CONNECTOR
-from llava_sculpt.records import write_json
 from llava_sculpt.sculpt import magnitude_mask
 
 
@@ -51,6 +50,6 @@ def post_prune(adapter: Path, out: Path, *, density: Annotated[float, "fraction 
         for name in (ADAPTER_CONFIG, CONNECTOR_FILE, RUN_FILE):
             if (adapter / name).is_file():
                 shutil.copyfile(adapter / name, folder / name)
-        write_json(folder / EDIT_FILE, edit_record(adapter, "post_prune", {"density": density}))
+        write_record(folder, adapter, "post_prune", {"density": density})
 
     publish(out, write)

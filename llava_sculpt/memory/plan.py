@@ -26,6 +26,7 @@ from llava_sculpt.memory.parts import Architecture, Setup, Zero, memory_parts, m
 from llava_sculpt.model.checkpoint import known_tower
 from llava_sculpt.model.layout import CLIP_L_336, hf_config, is_original
 from llava_sculpt.names import PENALTIES
+from llava_sculpt.records import read_json
 
 GIB = 2**30
 GB = 10**9
@@ -391,13 +392,10 @@ def read_checkpoint_config(name_or_path: str) -> dict[str, Any]:
             cached = None
         file = Path(cached) if isinstance(cached, str) else file
     if file.is_file():
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{file}: not readable as JSON: {error}") from error
-        if isinstance(found, dict) and is_original(found):
+        found = read_json(file)
+        if is_original(found):
             return hf_config(found, known_tower(file.parent, found["mm_vision_tower"]))
-        if not isinstance(found, dict) or found.get("model_type") != "llava":
+        if found.get("model_type") != "llava":
             raise UserError(f"{file}: not the config.json of a LLaVA-1.5 model (model_type is not 'llava')")
         return found
     if name_or_path in _KNOWN_TEXT:

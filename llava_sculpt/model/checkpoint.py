@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,7 +135,7 @@ def known_tower(original: Path, named: str) -> dict[str, Any]:
     return CLIP_L_336
 
 
-def find_folder(name_or_path: str, fetch: Sequence[str] = ()) -> Path:
+def find_folder(name_or_path: str, fetch: list[str] | None = None) -> Path:
     """A local folder as it is, or that of a Hub id in the local cache.
 
     Args:
@@ -152,7 +151,7 @@ def find_folder(name_or_path: str, fetch: Sequence[str] = ()) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name_or_path, allow_patterns=fetch or None, local_files_only=not fetch))
+        return Path(snapshot_download(name_or_path, allow_patterns=fetch, local_files_only=not fetch))
     # The hub client raises its own, requests' and OS errors: whatever it is, the model is not to be had.
     except Exception as error:
         how = "that could be fetched from the Hub" if fetch else f"in the local cache (hf download {name_or_path})"

@@ -7,6 +7,7 @@ import json
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -97,30 +98,46 @@ def weights_fingerprint(folder: Path, rows: int | None = None) -> str:
     """
     lines = []
     for file in weight_files(folder):
-        for on_disk, tensor in _mapped(file):
+        for on_disk, shape, dtype, read in _readers(file):
             name = memory_name(on_disk)
             if is_buffer(name):
                 continue
-            tensor = tensor[:rows] if name in (EMBEDDING, HEAD) else tensor
-            dtype = torch.float16 if name.startswith(TOWER) else tensor.dtype
-            digest, flat = hashlib.sha256(), tensor.flatten()
-            last = max(0, len(flat) - _BLOCK_VALUES)
-            blocks = 2 + len(flat) // _VALUES_PER_BLOCK if last else 1
+            if rows is not None and name in (EMBEDDING, HEAD):
+                shape = (min(rows, shape[0]), *shape[1:])
+            counted = torch.float16 if name.startswith(TOWER) else dtype
+            digest, size = hashlib.sha256(), torch.Size(shape).numel()
+            last = max(0, size - _BLOCK_VALUES)
+            blocks = 2 + size // _VALUES_PER_BLOCK if last else 1
             for index in range(blocks):
                 start = last * index // max(1, blocks - 1)
-                digest.update(flat[start : start + _BLOCK_VALUES].to(dtype).view(torch.uint8).numpy().data)
-            lines.append(f"{name} {tuple(tensor.shape)} {dtype} {digest.hexdigest()}\n")
+                values = read(start, min(start + _BLOCK_VALUES, size)).to(counted)
+                digest.update(values.view(torch.uint8).numpy().data)
+            lines.append(f"{name} {shape} {counted} {digest.hexdigest()}\n")
     return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 
 
-def _mapped(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and value of every tensor of a file; of a value only what is looked at is read."""
+_Reader = Callable[[int, int], torch.Tensor]
+
+
+def _readers(file: Path) -> Iterator[tuple[str, tuple[int, ...], torch.dtype, _Reader]]:
+    """Name, shape, dtype of every tensor of a file, and what reads some of its values, from one place to another."""
     if file.suffix == ".bin":
-        yield from mapped_pickle(file).items()
+        for name, tensor in mapped_pickle(file).items():
+            flat = tensor.flatten()
+            yield name, tuple(tensor.shape), tensor.dtype, lambda start, end, flat=flat: flat[start:end]  # type: ignore[misc]
         return
-    with safe_open(str(file), framework="pt") as opened:
-        for name in opened.keys():  # noqa: SIM118  # not a dict
-            yield name, opened.get_tensor(name)
+    with file.open("rb") as stream:
+        behind = 8 + int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(behind - 8))
+        header.pop("__metadata__", None)
+        for name, facts in header.items():
+            dtype, place = DTYPES[facts["dtype"]], behind + facts["data_offsets"][0]
+
+            def read(start: int, end: int, dtype: torch.dtype = dtype, place: int = place) -> torch.Tensor:
+                stream.seek(place + start * dtype.itemsize)
+                return torch.frombuffer(bytearray(stream.read((end - start) * dtype.itemsize)), dtype=dtype)
+
+            yield name, tuple(facts["shape"]), dtype, read
 
 
 def check_shards(folder: Path) -> list[str]:
@@ -154,7 +171,7 @@ def stored_tensors(file: Path) -> list[Stored]:
     """
     if file.suffix == ".bin":
         return [
-            Stored(name, tuple(tensor.shape), tensor.dtype, _LoadPickled(file, name))
+            Stored(name, tuple(tensor.shape), tensor.dtype, partial(_load, file, name))
             for name, tensor in mapped_pickle(file).items()
         ]
     try:
@@ -165,7 +182,7 @@ def stored_tensors(file: Path) -> list[Stored]:
                 code = view.get_dtype()
                 if code not in DTYPES:
                     raise UserError(f"{file}: {name} is of type {code}; a quantised checkpoint cannot be used here")
-                found.append(Stored(name, tuple(view.get_shape()), DTYPES[code], _Load(file, name)))
+                found.append(Stored(name, tuple(view.get_shape()), DTYPES[code], partial(_load, file, name)))
             return found
     except FileNotFoundError as error:
         raise UserError(f"{file}: missing") from error
@@ -173,24 +190,12 @@ def stored_tensors(file: Path) -> list[Stored]:
         raise UserError(f"{file}: truncated or damaged ({error}); copy or download it again") from error
 
 
-@dataclass(frozen=True)
-class _Load:
-    file: Path
-    name: str
-
-    def __call__(self) -> torch.Tensor:
-        # Opened anew each time: a mapping kept open would count every page read so far as this process's memory.
-        with safe_open(str(self.file), framework="pt") as opened:
-            return opened.get_tensor(self.name)
-
-
-@dataclass(frozen=True)
-class _LoadPickled:
-    file: Path
-    name: str
-
-    def __call__(self) -> torch.Tensor:
-        return mapped_pickle(self.file)[self.name].clone()
+def _load(file: Path, name: str) -> torch.Tensor:
+    if file.suffix == ".bin":
+        return mapped_pickle(file)[name].clone()
+    # Opened anew each time: a mapping kept open would count every page read so far as this process's memory.
+    with safe_open(str(file), framework="pt") as opened:
+        return opened.get_tensor(name)
 
 
 def mapped_pickle(file: Path) -> dict[str, torch.Tensor]:
