@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from llava_sculpt.artifacts.inference import Inference, load_for_inference
 from llava_sculpt.data.collator import left_pad
 from llava_sculpt.data.conversation import encode_prompt
 from llava_sculpt.data.images import load_rgb
@@ -30,7 +31,6 @@ from llava_sculpt.evaluation.decode import Decoder, image_token_count
 from llava_sculpt.evaluation.generate import generate_answers
 from llava_sculpt.evaluation.run import Task, load_tasks
 from llava_sculpt.experiments.tiny_data import prepare_tiny_world
-from llava_sculpt.model.load import Inference, load_for_inference
 from results import write_results
 
 ROOT = Path(__file__).parents[1]

@@ -11,7 +11,7 @@ from typing import Any
 
 from llava_sculpt import __version__
 from llava_sculpt.errors import UserError
-from llava_sculpt.names import LORASCULPT, SCALES, TARGETS, TASKS, TRAINED
+from llava_sculpt.names import EDITS, LORASCULPT, METHODS, SCALES, TARGETS, TASKS, TRAINED
 
 _ANSWER_STYLES = ("letter", "answer_letter", "text")
 
@@ -118,14 +118,15 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
 
 
 def _eval(options: argparse.Namespace) -> int:
+    from llava_sculpt.artifacts.inference import load_for_inference
     from llava_sculpt.artifacts.model_card import write_model_card
+    from llava_sculpt.artifacts.open import fetch_folder
     from llava_sculpt.evaluation import processes
     from llava_sculpt.evaluation.calibrate import check_calibration, compare
     from llava_sculpt.evaluation.run import choose_target, evaluate, load_tasks, tasks_of
     from llava_sculpt.evaluation.table import format_details, format_table
     from llava_sculpt.experiments.tiny_data import find_data
     from llava_sculpt.model.checkpoint import find_base_checkpoint
-    from llava_sculpt.model.load import load_for_inference
 
     numbers = {key: getattr(options, key) for key in ("gpus", "batch_size", "max_new_tokens")}
     problems = [f"--{key} must be at least 1, got {value}" for key, value in numbers.items() if value < 1]
@@ -144,7 +145,8 @@ def _eval(options: argparse.Namespace) -> int:
         tasks = load_tasks(names, root, options.split)
         if options.calibrate:
             styles = {task.name: task.prompt_style for task in tasks}
-            check_calibration(find_base_checkpoint(options.model).config, options.model, options.split, styles)
+            known = find_base_checkpoint(str(fetch_folder(options.model, weights=False)), weights=False)
+            check_calibration(known.config, options.model, options.split, styles)
         if options.gpus > 1 and not processes.started():
             return processes.launch(options.gpus, main, options.arguments)
         if processes.rank() == 0:
@@ -251,11 +253,12 @@ def _add_check_data(parser: argparse.ArgumentParser) -> None:
 
 
 def _check_data(options: argparse.Namespace) -> int:
+    from llava_sculpt.artifacts.open import fetch_folder
     from llava_sculpt.data.check import check_data, format_check
     from llava_sculpt.data.tokenizer import LlavaTokenizer
     from llava_sculpt.model.checkpoint import find_base_checkpoint
 
-    checkpoint = find_base_checkpoint(options.model, weights=False)
+    checkpoint = find_base_checkpoint(str(fetch_folder(options.model, weights=False)), weights=False)
     found = check_data(
         options.data,
         options.image_folder,
@@ -331,58 +334,46 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from llava_sculpt.artifacts.export import run_export
+    from llava_sculpt.artifacts.delta import export_delta
+    from llava_sculpt.artifacts.merge import DTYPES
+    from llava_sculpt.artifacts.sparse import export_sparse, import_sparse
 
-    print(run_export(options.source, options.format, options.out, options.base, options.dtype))
+    if options.base and options.format != "delta":
+        raise UserError("--base: only for --format delta")
+    if options.dtype and options.format == "dense":
+        raise UserError("--dtype: not for --format dense, which gives back what the file holds")
+    dtype = DTYPES.get(options.dtype)
+    if options.format == "dense":
+        import_sparse(options.source, options.out)
+        print(f"{options.out}: the adapter folder, bit for bit what was exported")
+    elif options.format == "delta":
+        counts = export_delta(options.source, options.out, options.base, dtype)
+        share = counts["support"] / counts["entries"]
+        print(f"{options.out}: {options.out.stat().st_size:,} bytes, {share:.2%} of the adapted weights")
+    else:
+        sizes = export_sparse(options.source, options.out, dtype)
+        smaller = sizes["dense_bf16"] / sizes["lora"]
+        connector = f"; connector {sizes['connector']:,} bytes, whole" if sizes["connector"] else ""
+        print(f"{options.out}: LoRA {sizes['lora']:,} bytes, {smaller:.2f}x smaller than dense bf16{connector}")
     return 0
 
 
 def _add_edit(parser: argparse.ArgumentParser) -> None:
-    methods = parser.add_subparsers(dest="edit", required=True, metavar="METHOD")
+    from llava_sculpt.artifacts.edit import add_flags, find_edit
 
-    def add(name: str, summary: str) -> argparse.ArgumentParser:
+    methods = parser.add_subparsers(dest="edit", required=True, metavar="METHOD")
+    for name in EDITS:
+        summary = (find_edit(name).__doc__ or "").splitlines()[0]
         method = methods.add_parser(name, help=summary, description=summary, allow_abbrev=False)
         method.add_argument("--adapter", type=Path, required=True, help="folder of a run or checkpoint")
         method.add_argument("--out", type=Path, required=True, help="new folder for the result")
-        return method
-
-    pruned = add("post_prune", "the largest entries of trained A and B -> an adapter")
-    pruned.add_argument("--density", type=float, default=0.1, help="fraction of entries kept (default 0.1)")
-    dare = add("dare", "drop entries of the delta at random, rescale the rest -> a merged model")
-    dare.add_argument("--drop", type=float, help="probability that an entry is dropped (default 0.9)")
-    tailor = add("model_tailor", "the fine-tuned entries that matter, compensated -> a merged model")
-    tailor.add_argument("--keep", type=float, default=0.1, help="fraction of fine-tuned entries kept (default 0.1)")
-    tailor.add_argument("--data_path", required=True, help="training JSON the calibration samples are drawn from")
-    tailor.add_argument("--image_folder", required=True, help="folder its `image` paths start from")
-    tailor.add_argument("--samples", type=int, default=128, help="calibration samples (default 128)")
-    tailor.add_argument("--no_compensation", action="store_true", help="leave kept entries as they are")
-    for merged in (dare, tailor):
-        merged.add_argument("--seed", type=int, default=42)
-        merged.add_argument("--base", help="base checkpoint, if not the one the adapter names")
+        add_flags(method, name)
 
 
 def _edit(options: argparse.Namespace) -> int:
-    from llava_sculpt.artifacts.edit import dare, post_prune
-    from llava_sculpt.artifacts.tailor import model_tailor
-    from llava_sculpt.methods import DROP
+    from llava_sculpt.artifacts.edit import find_edit, settings_of
 
-    if options.edit == "post_prune":
-        post_prune(options.adapter, options.out, options.density)
-    elif options.edit == "dare":
-        dare(options.adapter, options.out, DROP if options.drop is None else options.drop, options.seed, options.base)
-    else:
-        model_tailor(
-            options.adapter,
-            options.out,
-            keep=options.keep,
-            data_path=options.data_path,
-            image_folder=options.image_folder,
-            samples=options.samples,
-            seed=options.seed,
-            compensate=not options.no_compensation,
-            base=options.base,
-            progress=True,
-        )
+    find_edit(options.edit)(options.adapter, options.out, **settings_of(options.edit, vars(options)))
     print(f"{options.out}: {options.edit} of {options.adapter}")
     return 0
 
@@ -431,7 +422,7 @@ _COMMANDS: dict[str, _Command] = {
     "prepare": ("official download -> training and question files", _add_prepare, _prepare),
     "convert": ("checkpoints and adapters between here and the original LLaVA", _add_convert, _convert),
     "merge": ("an adapter into its base model, weight by weight", _add_merge, _merge),
-    "edit": ("post-pruning, DARE, Model Tailor on a trained adapter", _add_edit, _edit),
+    "edit": (f"{', '.join(METHODS[name].label for name in EDITS)} on a trained adapter", _add_edit, _edit),
     "export": ("a sparse adapter, or its sparse delta, as one small file", _add_export, _export),
     "check-data": ("validate training data; show what is trained on", _add_check_data, _check_data),
     "score": ("a prediction file -> the official score", _add_score, _score),

@@ -70,6 +70,16 @@ def read_json(path: Path) -> Any:
     return parse_json(read_text(path), path)
 
 
+def read_object(path: Path, missing: str | None = None) -> dict[str, Any]:
+    """The JSON object in a file. UserError as `read_json`, or `missing` if there is no file, or for another value."""
+    if missing is not None and not path.is_file():
+        raise UserError(missing)
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: should hold a JSON object, found {type(value).__name__}")
+    return value
+
+
 def file_sha256(path: str | Path) -> str:
     """sha256 of a file's bytes, in hexadecimal."""
     digest = hashlib.sha256()

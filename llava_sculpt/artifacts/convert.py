@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
+from llava_sculpt.artifacts.from_original import convert_to_hf
+from llava_sculpt.artifacts.open import fetch_folder, open_checkpoint
 from llava_sculpt.artifacts.to_original import convert_to_original, original_config
 from llava_sculpt.artifacts.travel import adapter_to_hf, adapter_to_original, is_original_adapter
 from llava_sculpt.errors import UserError
 from llava_sculpt.model.adapter import read_adapter_config
-from llava_sculpt.model.checkpoint import find_base_checkpoint, find_folder
-from llava_sculpt.model.from_original import CLIP_L_336, CLIP_NAME, convert_to_hf, is_original
-from llava_sculpt.model.shards import read_config
+from llava_sculpt.model.checkpoint import find_base_checkpoint, read_config
+from llava_sculpt.model.layout import CLIP_L_336, CLIP_NAME, is_original
 
 
 def convert_checkpoint(source: str, to: str, out: Path) -> None:
@@ -20,13 +22,14 @@ def convert_checkpoint(source: str, to: str, out: Path) -> None:
     Raises:
         UserError: it is in that layout already, or everything that is wrong with it.
     """
-    folder = find_folder(source)
+    folder = fetch_folder(source)
     if is_original(read_config(folder)) == (to == "original"):
         raise UserError(f"{source}: is in the layout {to!r} already")
     if to == "hf":
         convert_to_hf(folder, out)
     else:
-        convert_to_original(find_base_checkpoint(str(folder)), out)
+        _warn_of_name(out, "llava")
+        convert_to_original(open_checkpoint(str(folder)), out)
 
 
 def convert_adapter(folder: Path, to: str, out: Path, base: str | None = None) -> None:
@@ -44,15 +47,28 @@ def convert_adapter(folder: Path, to: str, out: Path, base: str | None = None) -
         adapter_to_hf(folder, out, base)
         return
     named = base or read_adapter_config(folder).get("base_model_name_or_path") or ""
+    _warn_of_name(out, "llava", "lora")
     adapter_to_original(folder, out, _original_config_of(named), named)
 
 
+def _warn_of_name(out: Path, *words: str) -> None:
+    """LLaVA's loader goes by the folder's name (and a converted checkpoint names its tower by an absolute path)."""
+    name = out.resolve().name
+    lacking = [word for word in words if word not in name.lower()]
+    if lacking:
+        print(
+            f"warning: {out}: LLaVA loads it as another kind of model unless the folder's name contains "
+            f"{' and '.join(map(repr, words))}; convert into {out.with_name('-'.join([*lacking, name]))}, for example",
+            file=sys.stderr,
+        )
+
+
 def _original_config_of(base: str) -> dict[str, Any]:
-    folder = find_folder(base)
+    folder = fetch_folder(base, weights=False)
     config = read_config(folder)
     if is_original(config):
         return config
-    checkpoint = find_base_checkpoint(base)
+    checkpoint = find_base_checkpoint(str(folder), weights=False)
     if checkpoint.image_size != CLIP_L_336["image_size"]:
         raise UserError(
             f"{base}: its vision tower is not LLaVA-1.5's; give the base in the original's layout with --base (convert "

@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from llava_sculpt.artifacts.merge import bits, check_shapes, weight_updates
+from llava_sculpt.artifacts.merge import bits, open_adapter
 from llava_sculpt.artifacts.sparse import pack_mask, read_with_metadata, unpack_mask
+from llava_sculpt.artifacts.writing import in_memory, write_export
 from llava_sculpt.errors import UserError
-from llava_sculpt.model.adapter import base_of, check_base
-from llava_sculpt.model.checkpoint import find_base_checkpoint
-from llava_sculpt.model.layout import memory_name
-from llava_sculpt.model.shards import Stored, stored_tensors, weight_files, write_safetensors
+from llava_sculpt.model.shards import Stored
 from llava_sculpt.records import versions
 
 VERSION = "llava_sculpt.delta.v1"
@@ -42,15 +39,11 @@ def export_delta(folder: Path, file: Path, base: str | None = None, dtype: torch
     """
     if file.exists():
         raise UserError(f"{file}: exists; choose another name")
-    checkpoint = find_base_checkpoint(base_of(folder, base))
-    check_base(folder, checkpoint)
-    updates, connector = weight_updates(folder)
+    checkpoint, updates, connector = open_adapter(folder, base)
     if any(update.magnitude is not None for update in updates.values()):
         raise UserError(f"{folder}: DoRA changes every entry of a weight, so there is no sparse delta; merge it")
     if connector.keys() & updates.keys():
         raise UserError(f"{folder}: the connector is trained and has LoRA as well; merge it")
-    shapes = {memory_name(t.name): t.shape for f in weight_files(checkpoint.path) for t in stored_tensors(f)}
-    check_shapes(folder, checkpoint, shapes, updates, connector)
     target = dtype or torch.float32
     stored: list[Stored] = []
     support = 0
@@ -62,19 +55,15 @@ def export_delta(folder: Path, file: Path, base: str | None = None, dtype: torch
         stored.append(
             Stored(f"{name}.values", (kept,), target, lambda u=update: u.delta()[u.support()].to(target))  # type: ignore[misc]
         )
-    stored += [Stored(_REPLACE + n, tuple(v.shape), v.dtype, lambda v=v: v) for n, v in connector.items()]  # type: ignore[misc]
+    stored += in_memory({_REPLACE + name: value for name, value in connector.items()})
     metadata = {
         "format_version": VERSION,
-        "shapes": json.dumps({name: list(shapes[name]) for name in updates}),
+        "shapes": json.dumps({name: list(update.shape) for name, update in updates.items()}),
         "base": json.dumps({"path": base or str(checkpoint.path), "fingerprint": checkpoint.fingerprint()}),
         "versions": json.dumps(versions()),
     }
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_safetensors(file, stored, metadata)
-    except OSError as error:
-        raise UserError(f"{file}: could not be written: {error}") from error
-    return {"entries": sum(torch.Size(shapes[name]).numel() for name in updates), "support": support}
+    write_export(file, stored, metadata)
+    return {"entries": sum(torch.Size(update.shape).numel() for update in updates.values()), "support": support}
 
 
 class SparseDelta:
@@ -101,9 +90,10 @@ class SparseDelta:
         tensors: dict[str, torch.Tensor],
     ) -> None:
         self.base = base
-        self._shapes = shapes
+        replaced = {n.removeprefix(_REPLACE): v for n, v in tensors.items() if n.startswith(_REPLACE)}
+        self._shapes = shapes | {name: tuple(value.shape) for name, value in replaced.items()}
         self._tensors = tensors
-        self._replaced = {n.removeprefix(_REPLACE): v for n, v in tensors.items() if n.startswith(_REPLACE)}
+        self._replaced = replaced
         self._model: nn.Module | None = None
         self._old: dict[str, torch.Tensor] = {}
 
@@ -134,13 +124,8 @@ class SparseDelta:
         """
         if self._model is not None:
             raise RuntimeError("this delta is applied already; remove it first")
-        weights = self._weights(model)
         with torch.no_grad():
-            for name, weight in weights.items():
-                if name in self._replaced:
-                    self._old[name] = weight.detach().clone()
-                    weight.copy_(self._replaced[name])
-                    continue
+            for name, weight in self._weights(model).items():
                 mask = self._mask(name).to(weight.device)
                 self._old[name] = weight[mask]
                 weight[mask] = self._new(name)
@@ -154,34 +139,30 @@ class SparseDelta:
         """
         if model is not self._model:
             raise RuntimeError("this delta is not applied to this model")
-        weights = self._weights(model)
-        for name, weight in weights.items():
-            if name in self._replaced:
-                now, expected = weight.detach(), self._replaced[name].to(weight)
-            else:
-                now, expected = weight.detach()[self._mask(name).to(weight.device)], self._new(name)
-            if not torch.equal(bits(now), bits(expected)):
+        masked = {name: (weight, self._mask(name).to(weight.device)) for name, weight in self._weights(model).items()}
+        for name, (weight, mask) in masked.items():
+            if not torch.equal(bits(weight.detach()[mask]), bits(self._new(name))):
                 raise RuntimeError(f"{name} was changed since; remove what was applied later first")
         with torch.no_grad():
-            for name, weight in weights.items():
-                if name in self._replaced:
-                    weight.copy_(self._old[name])
-                else:
-                    weight[self._mask(name).to(weight.device)] = self._old[name]
+            for name, (weight, mask) in masked.items():
+                weight[mask] = self._old[name]
         self._old.clear()
         self._model = None
 
     def _weights(self, model: nn.Module) -> dict[str, nn.Parameter]:
         own = dict(model.named_parameters())
-        wanted: dict[str, Any] = {**self._shapes, **{name: tuple(v.shape) for name, v in self._replaced.items()}}
-        odd = [name for name, shape in wanted.items() if name not in own or tuple(own[name].shape) != shape]
+        odd = [n for n, shape in self._shapes.items() if n not in own or tuple(own[n].shape) != shape]
         if odd:
             raise ValueError(f"{len(odd)} weights are not in this model, or of another shape, such as {odd[0]}")
-        return {name: own[name] for name in wanted}
+        return {name: own[name] for name in self._shapes}
 
     def _mask(self, name: str) -> torch.Tensor:
+        if name in self._replaced:
+            return torch.ones(self._shapes[name], dtype=torch.bool)
         return unpack_mask(self._tensors[f"{name}.kept"], self._shapes[name])
 
     def _new(self, name: str) -> torch.Tensor:
         old = self._old[name]
+        if name in self._replaced:
+            return self._replaced[name].flatten().to(old)
         return (old.float() + self._tensors[f"{name}.values"].to(old.device).float()).to(old.dtype)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llava_sculpt.errors import UserError
-from llava_sculpt.model.files import ADAPTER_CONFIG, ADAPTER_FILE, MASKS_FILE, read_tensors
+from llava_sculpt.model.adapter import read_adapter_config
+from llava_sculpt.model.files import ADAPTER_FILE, MASKS_FILE, read_tensors
 from llava_sculpt.sculpt import density, expected_density, product_density
 
 _PREFIX = "base_model.model."
@@ -23,8 +23,7 @@ def inspect_adapter(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: not an adapter folder, or a damaged file.
     """
-    if not (folder / ADAPTER_CONFIG).is_file():
-        raise UserError(f"{folder}: no {ADAPTER_CONFIG}: not an adapter folder")
+    read_adapter_config(folder)
     tensors = read_tensors(folder / ADAPTER_FILE)
     modules = []
     for key_A in sorted((k for k in tensors if k.endswith(".lora_A.weight")), key=_natural):
@@ -42,10 +41,8 @@ def inspect_adapter(folder: Path) -> dict[str, Any]:
                 "expected_BA": expected_density(density(lora_B), density(lora_A), rank),
             }
         )
-    off_mask = None
-    if (folder / MASKS_FILE).is_file():
-        masks = read_tensors(folder / MASKS_FILE)
-        off_mask = sum(int(tensors[key].masked_select(~mask).count_nonzero()) for key, mask in masks.items())
+    masks = read_tensors(folder / MASKS_FILE, optional=True)
+    off_mask = sum(int(tensors[k].masked_select(~m).count_nonzero()) for k, m in masks.items()) if masks else None
     return {"adapter": str(folder), "modules": modules, "total": _total(modules), "off_mask_nonzero": off_mask}
 
 

@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 
+from llava_sculpt.artifacts.open import open_base_of
+from llava_sculpt.artifacts.writing import LLAVA_FILES, SIDE_FILES, check_new, copy_files, write_folder
 from llava_sculpt.errors import UserError
-from llava_sculpt.model.adapter import base_of, changes_anything, check_base, read_adapter_config
-from llava_sculpt.model.checkpoint import BaseCheckpoint, find_base_checkpoint
+from llava_sculpt.model.adapter import changes_anything, check_base, read_adapter_config
+from llava_sculpt.model.checkpoint import BaseCheckpoint
 from llava_sculpt.model.files import ADAPTER_CONFIG, ADAPTER_FILE, CONNECTOR_FILE, read_tensors
 from llava_sculpt.model.layout import LANGUAGE, PROJECTOR, memory_name
-from llava_sculpt.model.processor import complete_processor
-from llava_sculpt.model.shards import Stored, copy_files, stored_tensors, weight_files, write_folder
+from llava_sculpt.model.processor import write_processor
+from llava_sculpt.model.shards import Stored, model_tensors, stored_tensors, weight_files
 from llava_sculpt.records import file_sha256, versions, write_json
 
 MERGE_FILE = "merge.json"
@@ -34,9 +36,8 @@ def rewrite_checkpoint(
 ) -> None:
     """Copy a base checkpoint to `out`, shard by shard, with some of its weights changed; one tensor in memory.
 
-    Names on disk, shards and side files (config, tokenizer, processor) stay those of the base (PyTorch's .bin shards
-    become safetensors). The folder is built
-    beside `out` and published in one rename: what a kill leaves cannot be taken for a model.
+    Names on disk, shards and config.json stay those of the base (PyTorch's .bin shards become safetensors), other
+    files as well, except for the processor of a LLaVA (`write_processor`).
 
     Args:
         change: is given a weight's in-memory name (`model.language_model.layers.0.self_attn.q_proj.weight`) and its
@@ -54,8 +55,11 @@ def rewrite_checkpoint(
     }
 
     def end(folder: Path) -> None:
-        copy_files(checkpoint.path, folder)
+        is_llava = checkpoint.config.get("model_type") == "llava"
+        copy_files(checkpoint.path, folder, LLAVA_FILES if is_llava else SIDE_FILES)
         write_json(folder / "config.json", config_with_dtype(checkpoint.config, dtype))
+        if is_llava:
+            write_processor(folder, checkpoint.config)
         if finish is not None:
             finish(folder)
 
@@ -101,6 +105,11 @@ class WeightUpdate:
     scaling: float
     magnitude: torch.Tensor | None = None
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(p, q)"""
+        return self.lora_B.shape[0], self.lora_A.shape[1]
+
     def delta(self) -> torch.Tensor:
         """scaling BA (p, q), float32."""
         return (self.lora_B.float() @ self.lora_A.float()) * self.scaling
@@ -108,7 +117,7 @@ class WeightUpdate:
     def support(self) -> torch.Tensor:
         """Where an entry of BA can differ from 0 (p, q), bool: the product of the patterns of B and A."""
         if self.magnitude is not None:
-            return torch.ones(self.lora_B.shape[0], self.lora_A.shape[1], dtype=torch.bool)
+            return torch.ones(self.shape, dtype=torch.bool)
         return (self.lora_B != 0).float() @ (self.lora_A != 0).float() > 0
 
     def apply(self, weight: torch.Tensor) -> torch.Tensor:
@@ -162,12 +171,40 @@ def weight_updates(folder: Path) -> tuple[dict[str, WeightUpdate], dict[str, tor
         updates[f"{module.removeprefix('base_model.model.')}.weight"] = WeightUpdate(lora_A, lora_B, scaling, magnitude)
         taken |= {key_A, key_B, key_m}
     problems += [f"{folder / ADAPTER_FILE}: unexpected tensor {key}" for key in sorted(tensors.keys() - taken)]
-    connector = read_tensors(folder / CONNECTOR_FILE) if (folder / CONNECTOR_FILE).is_file() else {}
+    connector = read_tensors(folder / CONNECTOR_FILE, optional=True)
     if not problems and not connector and not changes_anything(tensors):
         problems.append(f"{folder / ADAPTER_FILE}: changes nothing: lora_B is zero everywhere (never trained?)")
     if problems:
         raise UserError(problems)
     return updates, connector
+
+
+def open_adapter(
+    folder: Path, base: str | None
+) -> tuple[BaseCheckpoint, dict[str, WeightUpdate], dict[str, torch.Tensor]]:
+    """The base of an adapter, any model, and what `weight_updates` says, checked against the base.
+
+    Args:
+        base: base checkpoint, if not the one the adapter names.
+
+    Raises:
+        UserError: as `weight_updates`; another base than the adapter's, every weight that it does not have so.
+    """
+    checkpoint = open_base_of(folder, base, any_model=True)
+    check_base(folder, checkpoint)
+    updates, connector = weight_updates(folder)
+    shapes = {tensor.name: tensor.shape for tensor in model_tensors(checkpoint.path)}
+    own = {name: update.shape for name, update in updates.items()}
+    own |= {name: tuple(value.shape) for name, value in connector.items()}
+    problems = [
+        f"{folder}: {name} {list(shape)} does not fit {checkpoint.path}, which has "
+        + (f"{list(shapes[name])} there" if name in shapes else "no such weight")
+        for name, shape in own.items()
+        if shapes.get(name) != shape
+    ]
+    if problems:
+        raise UserError(problems)
+    return checkpoint, updates, connector
 
 
 def merge_adapter(folder: Path, out: Path, base: str | None = None, dtype: str | None = None) -> dict[str, Any]:
@@ -185,18 +222,10 @@ def merge_adapter(folder: Path, out: Path, base: str | None = None, dtype: str |
         `entries`, entries on the `support` of BA, and `changed` ones; all outside the support are identical.
 
     Raises:
-        UserError: what `weight_updates` and `rewrite_checkpoint` say, another base than the adapter's, weights or
-            shapes that the base does not have.
+        UserError: what `open_adapter` and `rewrite_checkpoint` say.
     """
-    checkpoint = find_base_checkpoint(base_of(folder, base))
-    check_base(folder, checkpoint)
-    updates, connector = weight_updates(folder)
-    shapes = {
-        memory_name(tensor.name): tensor.shape
-        for file in weight_files(checkpoint.path)
-        for tensor in stored_tensors(file)
-    }
-    check_shapes(folder, checkpoint, shapes, updates, connector)
+    check_new(out)
+    checkpoint, updates, connector = open_adapter(folder, base)
     target = None if dtype is None else DTYPES[dtype]
     record: dict[str, Any] = {
         "base": {"path": base or str(checkpoint.path), "fingerprint": checkpoint.fingerprint()},
@@ -215,34 +244,9 @@ def merge_adapter(folder: Path, out: Path, base: str | None = None, dtype: str |
     def finish(written: Path) -> None:
         record["changed"] = _compare(checkpoint.path, written, updates, connector)
         write_json(written / MERGE_FILE, record)
-        complete_processor(written, checkpoint.config)
 
     rewrite_checkpoint(checkpoint, out, change, target, finish)
     return record
-
-
-def check_shapes(
-    folder: Path,
-    checkpoint: BaseCheckpoint,
-    shapes: dict[str, tuple[int, ...]],
-    updates: dict[str, WeightUpdate],
-    connector: dict[str, torch.Tensor],
-) -> None:
-    """Refuse an adapter whose weights a base of these shapes does not have.
-
-    Raises:
-        UserError: every weight that does not fit.
-    """
-    own: dict[str, tuple[int, ...]] = {name: (u.lora_B.shape[0], u.lora_A.shape[1]) for name, u in updates.items()}
-    own |= {name: tuple(value.shape) for name, value in connector.items()}
-    problems = [
-        f"{folder}: {name} {list(shape)} does not fit {checkpoint.path}, which has "
-        + (f"{list(shapes[name])} there" if name in shapes else "no such weight")
-        for name, shape in own.items()
-        if shapes.get(name) != shape
-    ]
-    if problems:
-        raise UserError(problems)
 
 
 def _compare(
@@ -261,12 +265,9 @@ def _compare(
             if outside:
                 raise RuntimeError(f"{name}: {outside} entries off the support of BA are not those of the base")
             count = counts.setdefault(module_type(name), {"entries": 0, "support": 0, "changed": 0})
-            for key, value in (
-                ("entries", different.numel()),
-                ("support", support.sum()),
-                ("changed", different.sum()),
-            ):
-                count[key] += int(value)
+            count["entries"] += different.numel()
+            count["support"] += int(support.sum())
+            count["changed"] += int(different.sum())
     return counts
 
 
@@ -280,7 +281,8 @@ def module_type(name: str) -> str:
     if name.startswith(PROJECTOR):
         return "connector"
     kind = name.split(".")[-2]
-    return kind if name.startswith(LANGUAGE) and kind.endswith("_proj") else "everything else"
+    in_llm = name.startswith((LANGUAGE, "model.layers."))  # the second: a language model alone
+    return kind if in_llm and kind.endswith("_proj") else "everything else"
 
 
 def format_merge(record: dict[str, Any]) -> str:

@@ -9,10 +9,6 @@ Layout (safetensors, `"format_version": "llava_sculpt.sparse.v1"` in its metadat
 - metadata: `shapes` (JSON: KEY -> [rows, columns]), `adapter_config` (PEFT's, JSON), `run` (run.json with the base's
   fingerprint and versions, JSON, "{}" if there was none), `masks` (JSON list: the
   matrices whose mask is LoRASculpt's own; of the others it was read off the zeros).
-
-At density 0.1 a mask costs 0.47 bits an entry at best (its entropy), packed bits 1, the zlib stream about 0.57, an
-int32 index of every kept entry 3.2. Against the dense bfloat16 file (16 bits an entry) that makes float32 values 4.2
-times smaller (packed bits alone: 3.8, int32 indices: 2.5) and bfloat16 values 7.3 times.
 """
 
 from __future__ import annotations
@@ -26,10 +22,11 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from llava_sculpt.artifacts.merge import bits
+from llava_sculpt.artifacts.writing import in_memory, publish, save_tensors, write_export
 from llava_sculpt.errors import UserError
 from llava_sculpt.model.adapter import read_adapter_config, read_run
 from llava_sculpt.model.files import ADAPTER_CONFIG, ADAPTER_FILE, CONNECTOR_FILE, MASKS_FILE, RUN_FILE, read_tensors
-from llava_sculpt.model.shards import publish_with, save_tensors
 from llava_sculpt.records import write_json
 
 VERSION = "llava_sculpt.sparse.v1"
@@ -61,11 +58,6 @@ def unpack_mask(packed: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.from_numpy(bits.astype(bool)).reshape(shape)
 
 
-def nonzero_bits(tensor: torch.Tensor) -> torch.Tensor:
-    """Where any bit is set: unlike `!= 0` it keeps a negative zero."""
-    return tensor.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize]) != 0
-
-
 def export_sparse(folder: Path, file: Path, dtype: torch.dtype | None = None) -> dict[str, int]:
     """Write an adapter folder as one sparse file.
 
@@ -82,18 +74,19 @@ def export_sparse(folder: Path, file: Path, dtype: torch.dtype | None = None) ->
         raise UserError(f"{file}: exists; choose another name")
     config = read_adapter_config(folder)
     tensors = read_tensors(folder / ADAPTER_FILE)
-    masks = read_tensors(folder / MASKS_FILE) if (folder / MASKS_FILE).is_file() else {}
+    masks = read_tensors(folder / MASKS_FILE, optional=True)
     coded: dict[str, torch.Tensor] = {}
     for key, tensor in tensors.items():
-        mask = masks.get(key, nonzero_bits(tensor))
-        if mask.shape != tensor.shape or bool((nonzero_bits(tensor) & ~mask).any()):
+        nonzero = bits(tensor) != 0  # keeps a negative zero
+        mask = masks.get(key, nonzero)
+        if mask.shape != tensor.shape or bool((nonzero & ~mask).any()):
             raise UserError(
                 f"{folder / MASKS_FILE}: {key} has entries off its mask; this adapter was changed afterwards"
             )
         coded[f"{key}.kept"] = pack_mask(mask)
         coded[f"{key}.values"] = tensor[mask].to(dtype or tensor.dtype)
     lora = sum(value.nbytes for value in coded.values())
-    connector = read_tensors(folder / CONNECTOR_FILE) if (folder / CONNECTOR_FILE).is_file() else {}
+    connector = read_tensors(folder / CONNECTOR_FILE, optional=True)
     coded |= {_CONNECTOR + name: value for name, value in connector.items()}
     metadata = {
         "format_version": VERSION,
@@ -102,11 +95,7 @@ def export_sparse(folder: Path, file: Path, dtype: torch.dtype | None = None) ->
         "run": json.dumps(read_run(folder)),
         "masks": json.dumps(sorted(masks)),
     }
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_tensors(file, coded, metadata)
-    except OSError as error:
-        raise UserError(f"{file}: could not be written: {error}") from error
+    write_export(file, in_memory(coded), metadata)
     return {
         "lora": lora,
         "connector": sum(value.nbytes for value in connector.values()),
@@ -148,7 +137,7 @@ def import_sparse(file: Path, out: Path) -> None:
         if run:
             write_json(folder / RUN_FILE, run)
 
-    publish_with(out, write)
+    publish(out, write)
 
 
 def read_with_metadata(file: Path, version: str) -> tuple[dict[str, str], dict[str, torch.Tensor]]:

@@ -5,27 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from llava_sculpt.artifacts.from_original import ROWS_FILE, expected_shapes, key_problems
+from llava_sculpt.artifacts.writing import copy_files, in_shards, write_folder
 from llava_sculpt.data.tokenizer import LlavaTokenizer
 from llava_sculpt.errors import UserError
-from llava_sculpt.model.checkpoint import BaseCheckpoint
-from llava_sculpt.model.from_original import (
-    ROWS_FILE,
-    SELECT,
-    TEXT_FIELDS,
-    TOWER_FOLDER,
-    expected_shapes,
-    key_problems,
-)
-from llava_sculpt.model.layout import EMBEDDING, HEAD, TOWER, memory_name, original_name
-from llava_sculpt.model.shards import (
-    Stored,
-    copy_files,
-    fingerprint,
-    in_shards,
-    stored_tensors,
-    weight_files,
-    write_folder,
-)
+from llava_sculpt.model.checkpoint import TOWER_FOLDER, BaseCheckpoint
+from llava_sculpt.model.layout import EMBEDDING, HEAD, SELECT, TEXT_FIELDS, TOWER, is_tied, original_name
+from llava_sculpt.model.shards import Stored, model_tensors
 from llava_sculpt.records import write_json
 
 
@@ -41,11 +27,8 @@ def convert_to_original(checkpoint: BaseCheckpoint, out: Path) -> None:
         UserError: missing or unexpected weights, wrong shapes, before anything is written; as `write_folder`.
     """
     rows = checkpoint.image_token_id
-    found = [
-        Stored(memory_name(tensor.name), tensor.shape, tensor.dtype, tensor.load)
-        for file in weight_files(checkpoint.path)
-        for tensor in stored_tensors(file)
-    ]
+    tied = is_tied(checkpoint.config)
+    found = [tensor for tensor in model_tensors(checkpoint.path) if not (tied and tensor.name == HEAD)]
     shapes = {tensor.name: tensor.shape for tensor in found}
     problems = key_problems(shapes, expected_shapes(checkpoint.config), checkpoint.path)
     pieces = LlavaTokenizer.from_dir(checkpoint.path).vocab_size
@@ -76,8 +59,8 @@ def convert_to_original(checkpoint: BaseCheckpoint, out: Path) -> None:
         tower_config = {**checkpoint.config["vision_config"], "model_type": "clip_vision_model"}
         write_json(folder / TOWER_FOLDER / "config.json", {**tower_config, "architectures": ["CLIPVisionModel"]})
 
-    identity = fingerprint([checkpoint.path / "config.json"], weight_files(checkpoint.path))
-    write_folder(out, files, finish, resume={"source": identity, "to": "original", "files": sorted(files)})
+    job = {"source": checkpoint.fingerprint(), "to": "original", "files": sorted(files)}
+    write_folder(out, files, finish, resume=job)
 
 
 def _rows(tensor: Stored, first: int, last: int) -> Stored:
@@ -116,7 +99,7 @@ def original_config(checkpoint: BaseCheckpoint, tower: str) -> dict[str, Any]:
         "pad_token_id": 0,
         "rope_theta": theta,
         "rope_scaling": None if kind == "default" else {**rope, "type": kind},
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": is_tied(checkpoint.config),
         "torch_dtype": dtype,
         "use_cache": True,
         "image_aspect_ratio": "pad",

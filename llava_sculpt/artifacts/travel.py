@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,13 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
+from llava_sculpt.artifacts.writing import publish, save_tensors
 from llava_sculpt.errors import UserError
 from llava_sculpt.model.adapter import read_adapter_config, read_run
 from llava_sculpt.model.files import ADAPTER_CONFIG, ADAPTER_FILE, CONNECTOR_FILE, MASKS_FILE, RUN_FILE, read_tensors
 from llava_sculpt.model.layout import LANGUAGE, PROJECTOR, key_of_original, original_key
 from llava_sculpt.model.lora import CONNECTOR_TARGETS
-from llava_sculpt.model.shards import publish_with, save_tensors, stored_tensors
+from llava_sculpt.model.shards import mapped_pickle, stored_tensors
 from llava_sculpt.records import versions, write_json
 
 NON_LORA = "non_lora_trainables.bin"
@@ -56,7 +56,7 @@ def adapter_to_original(folder: Path, out: Path, base_config: dict[str, Any], ba
     problems += _uneven_layers(tensors, folder / ADAPTER_FILE)
     if problems:
         raise UserError(problems)
-    connector = read_tensors(folder / CONNECTOR_FILE) if (folder / CONNECTOR_FILE).is_file() else {}
+    connector = read_tensors(folder / CONNECTOR_FILE, optional=True)
 
     def write(aside: Path) -> None:
         kept = {key: value for key, value in config.items() if key in _PEFT_0_10}
@@ -69,7 +69,7 @@ def adapter_to_original(folder: Path, out: Path, base_config: dict[str, Any], ba
         write_json(aside / "config.json", base_config)
         _keep_record(folder, aside, rename=original_key)
 
-    publish_with(out, write)
+    publish(out, write)
 
 
 def adapter_to_hf(folder: Path, out: Path, base_name: str | None) -> None:
@@ -82,7 +82,7 @@ def adapter_to_hf(folder: Path, out: Path, base_name: str | None) -> None:
         UserError: not such an adapter, or it holds other trained weights than LoRA and the connector.
     """
     pickled = folder / PICKLED_ADAPTER
-    tensors = _read_pickle(pickled) if pickled.is_file() else read_tensors(folder / ADAPTER_FILE)
+    tensors = mapped_pickle(pickled) if pickled.is_file() else read_tensors(folder / ADAPTER_FILE)
     config = read_adapter_config(folder)
     lora = {key_of_original(key): value for key, value in tensors.items()}
     problems = [
@@ -91,7 +91,7 @@ def adapter_to_hf(folder: Path, out: Path, base_name: str | None) -> None:
         if not key.startswith((f"base_model.model.{LANGUAGE}", f"base_model.model.{PROJECTOR}"))
     ]
     problems += _uneven_layers(lora, folder)
-    others = _read_pickle(folder / NON_LORA) if (folder / NON_LORA).is_file() else {}
+    others = mapped_pickle(folder / NON_LORA) if (folder / NON_LORA).is_file() else {}
     connector = {}
     for theirs, value in others.items():
         # LLaVA's own reader takes these three forms: base_model.model.X, model.X and X.
@@ -113,7 +113,7 @@ def adapter_to_hf(folder: Path, out: Path, base_name: str | None) -> None:
             save_tensors(aside / CONNECTOR_FILE, connector)
         _keep_record(folder, aside, rename=key_of_original)
 
-    publish_with(out, write)
+    publish(out, write)
 
 
 def is_original_adapter(folder: Path) -> bool:
@@ -127,17 +127,6 @@ def is_original_adapter(folder: Path) -> bool:
         return True
     keys = [tensor.name for tensor in stored_tensors(folder / ADAPTER_FILE)]
     return not any(LANGUAGE in key or PROJECTOR in key for key in keys)
-
-
-def _read_pickle(file: Path) -> dict[str, torch.Tensor]:
-    if not zipfile.is_zipfile(file):
-        raise UserError(f"{file}: truncated, or not a file that torch.save wrote")
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    # torch.load reports what it cannot or may not unpickle through several exceptions.
-    except Exception as error:
-        raise UserError(f"{file}: damaged, or holds more than tensors ({str(error).splitlines()[0]})") from error
-    return content
 
 
 def _unknown_to_peft_0_10(config: dict[str, Any], file: Path) -> list[str]:
@@ -193,8 +182,9 @@ def _hf_targets(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def _keep_record(folder: Path, aside: Path, rename: Callable[[str], str]) -> None:
-    if (folder / MASKS_FILE).is_file():
-        save_tensors(aside / MASKS_FILE, {rename(key): mask for key, mask in read_tensors(folder / MASKS_FILE).items()})
+    masks = read_tensors(folder / MASKS_FILE, optional=True)
+    if masks:
+        save_tensors(aside / MASKS_FILE, {rename(key): mask for key, mask in masks.items()})
     run = read_run(folder)
     if run:
         write_json(aside / RUN_FILE, {**run, "converted": {"from": str(folder), "versions": versions()}})

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import llava_sculpt
+from llava_sculpt.artifacts.inference import Inference
 from llava_sculpt.data.conversation import encode_prompt
 from llava_sculpt.errors import UserError
 from llava_sculpt.evaluation.decode import image_token_count
@@ -22,7 +23,6 @@ from llava_sculpt.evaluation.journal import Journal, Progress
 from llava_sculpt.evaluation.processes import from_first, rank, share_out, world_size
 from llava_sculpt.evaluation.score_files import read_gold
 from llava_sculpt.evaluation.scorers import scorer_of
-from llava_sculpt.model.load import Inference
 from llava_sculpt.names import SOURCES, TARGETS, TASKS
 from llava_sculpt.records import versions, write_atomically, write_json
 from llava_sculpt.tasks.common import MANIFEST, json_lines, load_json

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
+from llava_sculpt.artifacts.inference import load_for_inference
 from llava_sculpt.artifacts.model_card import upload_results, write_model_card
+from llava_sculpt.artifacts.open import open_checkpoint
 from llava_sculpt.errors import UserError
 from llava_sculpt.evaluation.figure import plot_source_target
 from llava_sculpt.evaluation.run import evaluate, load_tasks
@@ -21,7 +23,6 @@ from llava_sculpt.evaluation.table import format_details, format_table
 from llava_sculpt.experiments.tiny_data import prepare_tiny_world
 from llava_sculpt.model.adapter import read_run
 from llava_sculpt.model.checkpoint import find_base_checkpoint
-from llava_sculpt.model.load import load_for_inference
 from llava_sculpt.names import METHODS, SOURCES, config_file
 from llava_sculpt.train.train import main as train_main
 
@@ -134,7 +135,7 @@ def training_data(task: str, scale: str) -> tuple[Path, Path]:
 def _zero_shot(task: str, scale: str) -> dict[str, Any]:
     """The untouched base model's results, evaluated once and kept while base and data stay the same."""
     file = Path(f"runs/{scale}/{task}/zero_shot/results.json")
-    checkpoint = find_base_checkpoint(MODEL[scale])
+    checkpoint = open_checkpoint(MODEL[scale])
     if file.is_file():
         known = json.loads(file.read_text(encoding="utf-8"))
         data = {t.name: t.fingerprint for t in load_tasks([task, *SOURCES], DATA[scale], "test")}

@@ -26,13 +26,12 @@ from llava_sculpt.errors import UserError
 from llava_sculpt.experiments.grid import Run
 from llava_sculpt.experiments.jobs import Job, adapter_folder, adapter_root, is_made
 from llava_sculpt.experiments.results import RECORD, result_file, write_result
-from llava_sculpt.names import PENALTIES, ZERO_SHOT
+from llava_sculpt.names import EDITS, METHODS, PENALTIES, ZERO_SHOT
 
 PRELOAD = [
     "llava_sculpt.experiments.finetune",
     "llava_sculpt.train.train",
-    "llava_sculpt.artifacts.edit",
-    "llava_sculpt.artifacts.tailor",
+    *(f"llava_sculpt.artifacts.{name}" for name in EDITS),
 ]
 _CURVES = ("step", "loss", "task_loss", "cmr_llm", "cmr_connector", *(f"{name}_penalty" for name in PENALTIES))
 _CURVE_POINTS = 40
@@ -47,11 +46,11 @@ def check_inputs(runs: list[Run]) -> dict[str, Any]:
     Raises:
         UserError: everything that is wrong.
     """
+    from llava_sculpt.artifacts.open import open_checkpoint
     from llava_sculpt.config import parse_config
     from llava_sculpt.evaluation.run import load_tasks
     from llava_sculpt.experiments.finetune import DATA, MODEL, missing_for_paper, training_data
     from llava_sculpt.experiments.tiny_data import prepare_tiny_world
-    from llava_sculpt.model.checkpoint import find_base_checkpoint
     from llava_sculpt.records import file_sha256
 
     scale = runs[0].scale
@@ -79,7 +78,7 @@ def check_inputs(runs: list[Run]) -> dict[str, Any]:
         for split in {split for _, split in evaluated}
     }
     return {
-        "base": find_base_checkpoint(MODEL[scale]).fingerprint(),
+        "base": open_checkpoint(MODEL[scale]).fingerprint(),
         "train": {target: file_sha256(training_data(target, scale)[0]) for target in targets},
         "data": data,
     }
@@ -165,28 +164,15 @@ def _make_adapter(run: Run, seconds: dict[str, float]) -> int:
 
 def _edit(run: Run, adapter: Path, folder: Path) -> None:
     """Edit beside the folder and rename, so that a kill leaves it whole or not there."""
-    from llava_sculpt.artifacts.edit import dare, post_prune
-    from llava_sculpt.artifacts.tailor import model_tailor
+    from llava_sculpt.artifacts.edit import find_edit, settings_of
     from llava_sculpt.experiments.finetune import training_data
 
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    assert run.seed is not None
-    if run.method == "post_prune":
-        post_prune(adapter, partial, run.setting("density"))
-    elif run.method == "dare":
-        dare(adapter, partial, run.setting("drop"), run.seed)
-    else:
-        data_path, image_folder = training_data(run.task, run.scale)
-        model_tailor(
-            adapter,
-            partial,
-            keep=run.setting("keep"),
-            data_path=str(data_path),
-            image_folder=str(image_folder),
-            samples=run.setting("samples"),
-            seed=run.seed,
-        )
+    data_path, image_folder = training_data(run.task, run.scale)
+    given = {"seed": run.seed, "data_path": str(data_path), "image_folder": str(image_folder)}
+    settings = {field: run.setting(field) for field in METHODS[run.method].fields}
+    find_edit(run.method)(adapter, partial, **settings, **settings_of(run.method, given))
     os.replace(partial, folder)
 
 

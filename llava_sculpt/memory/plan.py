@@ -20,8 +20,8 @@ from llava_sculpt.data.images import ImagePreprocessor
 from llava_sculpt.data.tokenizer import LlavaTokenizer
 from llava_sculpt.errors import UserError
 from llava_sculpt.memory.parts import Architecture, Setup, Zero, activation_peaks, memory_parts, step_flops
-from llava_sculpt.model.from_original import CLIP_L_336, hf_config, is_original, known_tower
-from llava_sculpt.model.shards import read_config
+from llava_sculpt.model.checkpoint import known_tower, read_config
+from llava_sculpt.model.layout import CLIP_L_336, hf_config, is_original
 from llava_sculpt.names import LORASCULPT, PENALTIES
 
 GIB = 2**30

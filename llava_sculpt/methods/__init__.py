@@ -1,26 +1,5 @@
-"""The paper's baselines, each on the tensors of one layer. Two interfaces:
+"""The maths of the paper's baselines, each on the tensors of one layer (docs/method.md has the definitions).
 
-- a penalty for the loss, differentiable in A and B (``l2``: L2-Reg, ``orth``: Orth-Reg), named ``NAME_penalty``;
-  ``train/regularizer.py`` finds it by its name and sums it over the layers;
-- an edit of what training has left (``post_prune``, ``dare``, ``model_tailor``); ``artifacts/edit.py`` and
-  ``artifacts/tailor.py`` apply it to a trained adapter.
-
-docs/method.md has the definitions.
+`l2` and `orth` are penalties for the loss, differentiable in A and B: `train/regularizer.py` finds `NAME_penalty` by
+the method's name and sums it over the layers. `tailor` is what `artifacts/model_tailor.py` does to a layer.
 """
-
-from llava_sculpt.methods.dare import DROP, dropped_delta
-from llava_sculpt.methods.l2 import l2_penalty
-from llava_sculpt.methods.model_tailor import InputHessian, Tailored, tailor
-from llava_sculpt.methods.orth import orth_penalty
-from llava_sculpt.methods.post_prune import post_pruned
-
-__all__ = [
-    "DROP",
-    "InputHessian",
-    "Tailored",
-    "dropped_delta",
-    "l2_penalty",
-    "orth_penalty",
-    "post_pruned",
-    "tailor",
-]

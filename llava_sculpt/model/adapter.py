@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from llava_sculpt.model.files import (
     write_tensors,
 )
 from llava_sculpt.model.lora import connector_weights, lora_pairs
+from llava_sculpt.records import read_object
 
 
 def save_adapter(model: PeftModel, folder: Path, state: dict[str, torch.Tensor], base_name: str) -> None:
@@ -54,18 +54,19 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: not an adapter folder, or not JSON.
     """
-    file = folder / ADAPTER_CONFIG
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{folder}: no {ADAPTER_CONFIG}: not an adapter folder") from error
-    except ValueError as error:
-        raise UserError(f"{file}: not readable as JSON: {error}") from error
+    return read_object(folder / ADAPTER_CONFIG, f"{folder}: no {ADAPTER_CONFIG}: not an adapter folder")
 
 
 def base_of(folder: Path, base: str | None = None) -> str:
-    """Folder or Hub id of an adapter's base checkpoint: `base` if given, else the one its adapter_config.json names."""
-    return base or find_upwards(read_adapter_config(folder)["base_model_name_or_path"], folder)
+    """Folder or Hub id of an adapter's base checkpoint: `base` if given, else the one its adapter_config.json names.
+
+    Raises:
+        UserError: not an adapter folder, or it names none.
+    """
+    named = base or read_adapter_config(folder).get("base_model_name_or_path")
+    if not named:
+        raise UserError(f"{folder / ADAPTER_CONFIG}: base_model_name_or_path is empty; name the base with --base")
+    return named if base else find_upwards(named, folder)
 
 
 def find_upwards(name: str, folder: Path) -> str:
@@ -84,9 +85,9 @@ def load_connector(model: nn.Module, folder: Path) -> None:
         UserError: names or shapes that do not fit.
     """
     file = folder / CONNECTOR_FILE
-    if not file.exists():
+    saved, own = read_tensors(file, optional=True), connector_weights(model)
+    if not saved:
         return
-    saved, own = read_tensors(file), connector_weights(model)
     if {k: tuple(v.shape) for k, v in saved.items()} != {k: tuple(v.shape) for k, v in own.items()}:
         raise UserError(f"{file}: does not fit the base model's connector (other names or shapes)")
     with torch.no_grad():
@@ -120,15 +121,19 @@ def load_adapter(model: nn.Module, folder: Path, checkpoint: BaseCheckpoint) -> 
 def check_base(folder: Path, checkpoint: BaseCheckpoint) -> None:
     """Refuse another base than the one an adapter was trained on, where run.json records it.
 
+    The same files are the same base, and so are the same weights in other files or another layout (which runs before
+    0.2 did not record).
+
     Raises:
         UserError: another base.
     """
-    run = read_run(folder)
-    trained_on = run.get("base", {}).get("fingerprint")
-    if trained_on is not None and trained_on != checkpoint.fingerprint():
+    base = read_run(folder).get("base", {})
+    if base.get("fingerprint") in (None, checkpoint.fingerprint()):
+        return
+    if base.get("weights") != checkpoint.weights_fingerprint():
         raise UserError(
             f"{folder}: was trained on another base than {checkpoint.path} "
-            f"(recorded: {run['base'].get('path')}); give the right one with --base"
+            f"(recorded: {base.get('path')}); give the right one with --base"
         )
 
 
@@ -147,9 +152,4 @@ def read_run(folder: Path) -> dict[str, Any]:
         UserError: not JSON.
     """
     file = folder / RUN_FILE
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise UserError(f"{file}: not readable as JSON: {error}") from error
+    return read_object(file) if file.is_file() else {}

@@ -1,4 +1,4 @@
-"""What a base checkpoint folder is: found, checked and fingerprinted without loading its weights."""
+"""What a base checkpoint folder is: found, checked and fingerprinted without loading, fetching or writing anything."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from llava_sculpt.errors import UserError
-from llava_sculpt.model.from_original import converted, is_original
-from llava_sculpt.model.shards import check_shards, fingerprint, read_config, weight_files
+from llava_sculpt.model.layout import CLIP_L_336, hf_config, is_original
+from llava_sculpt.model.shards import check_shards, files_fingerprint, weight_files, weights_fingerprint
+from llava_sculpt.records import read_object
+
+TOWER_FOLDER = "vision_tower"  # inside an original checkpoint that `convert --to original` wrote
 
 
 @dataclass(frozen=True)
 class BaseCheckpoint:
-    """A LLaVA-1.5 checkpoint in Hugging Face layout (an original one has been converted to it).
+    """A LLaVA-1.5 checkpoint, its configuration in Hugging Face layout.
 
     Holds config.json, model*.safetensors, tokenizer.model and preprocessor_config.json.
 
@@ -72,72 +75,87 @@ class BaseCheckpoint:
     def fingerprint(self) -> str:
         """sha256 over config.json and a sample of every weight file: equal for copies, different for other weights.
 
-        Reads the header and 64 evenly spaced blocks of each file, so that a 14 GB model takes milliseconds.
+        Reads the header and 64 evenly spaced blocks of each file, so that a 14 GB model takes milliseconds. Results
+        and run folders are recorded with it. Files of the same weights that are cut or named otherwise have another
+        one: what decides whether an adapter fits a base then is `weights_fingerprint`, recorded beside it since 0.2.
         """
-        return fingerprint([self.path / "config.json"], weight_files(self.path))
+        return files_fingerprint([self.path / "config.json"], weight_files(self.path))
+
+    def weights_fingerprint(self) -> str:
+        """sha256 over the weights alone, the same in every layout; see `shards.weights_fingerprint`."""
+        is_llava = self.config.get("model_type") == "llava"
+        return weights_fingerprint(self.path, self.image_token_id if is_llava else None)
 
 
 def find_base_checkpoint(name_or_path: str, weights: bool = True) -> BaseCheckpoint:
-    """Resolve a local folder, or a Hub id already in or fetched into the local cache, and check what is needed.
+    """A local folder, or a Hub id in the local cache, and whether it has what is needed.
 
-    A checkpoint of the original LLaVA package is converted once, into this user's cache. Without `weights` one in
-    Hugging Face layout needs configuration and tokenizer only.
+    Args:
+        weights: False is content with configuration and tokenizer, also those of the original LLaVA package (`config`
+            is then what converting gives). Weights in that layout are for `artifacts.open.open_checkpoint` to convert.
 
     Raises:
         UserError: nothing there, or every missing or damaged file of the folder.
     """
-    path = find_folder(name_or_path, weights)
-    config = read_config(path)
+    path = find_folder(name_or_path)
+    config, problems, needed = read_config(path), [], ["tokenizer.model", "preprocessor_config.json"]
     if is_original(config):
-        path = converted(path, config)
-        config = read_config(path)
-    problems = []
-    if config.get("model_type") != "llava":
+        if weights:
+            raise UserError(
+                f"{path}: a checkpoint of the original LLaVA package; convert it: llava-sculpt convert checkpoint "
+                f"{name_or_path} --to hf --out FOLDER"
+            )
+        config, needed = hf_config(config, known_tower(path, config["mm_vision_tower"])), needed[:1]
+    elif config.get("model_type") != "llava":
         problems.append(
             f"{path / 'config.json'}: model_type is {config.get('model_type')!r}, expected a LLaVA-1.5 checkpoint, "
             "such as llava-hf/llava-1.5-7b-hf or liuhaotian/llava-v1.5-7b"
         )
-    for name in ("tokenizer.model", "preprocessor_config.json"):
-        if not (path / name).is_file():
-            problems.append(f"{path}: {name} is missing")
+    problems += [f"{path}: {name} is missing" for name in needed if not (path / name).is_file()]
     problems += check_shards(path) if weights else []
     if problems:
         raise UserError(problems)
     return BaseCheckpoint(path, config)
 
 
-def find_folder(name_or_path: str, weights: bool = True) -> Path:
-    """A local folder, or that of a Hub id in the local cache, fetched if need be; nothing in it is checked.
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder.
 
-    Without `weights` those of a Hugging Face checkpoint are not fetched.
+    Raises:
+        UserError: missing or not a JSON object.
+    """
+    return read_object(folder / "config.json", f"{folder}: no config.json: not a model folder")
+
+
+def known_tower(original: Path, named: str) -> dict[str, Any]:
+    """config.json of the tower without fetching anything: for an estimate before the model is there."""
+    for folder in (Path(named), original / TOWER_FOLDER):
+        if (folder / "config.json").is_file():
+            return read_config(folder)
+    return CLIP_L_336
+
+
+def find_folder(name_or_path: str, fetch: list[str] | None = None) -> Path:
+    """A local folder as it is, or that of a Hub id in the local cache.
+
+    Args:
+        fetch: patterns of the files that are fetched from the Hub, if the cache lacks them; none: nothing is.
 
     Raises:
         UserError: neither.
     """
-    path = Path(name_or_path)
-    return path if path.is_dir() else _from_hub(name_or_path, weights)
-
-
-def _from_hub(name: str, weights: bool) -> Path:
-    if os.path.isabs(name) or name.startswith(".") or name.count("/") != 1:
-        raise UserError(f"{name}: no such folder (an adapter's base can be given with --base)")
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    if os.path.isabs(name_or_path) or name_or_path.startswith(".") or name_or_path.count("/") != 1:
+        raise UserError(f"{name_or_path}: no such folder (an adapter's base can be given with --base)")
     from huggingface_hub import snapshot_download
 
-    # The small files first: config.json says which kind of weights to ask for.
-    small = ["*.json", "*.jinja", "tokenizer.model"]
     try:
-        path = Path(snapshot_download(name, allow_patterns=small))
-        original = is_original(read_config(path))
-        if not (weights or original):
-            return path
-        wanted = ["*.safetensors", "pytorch_model*.bin"] if original else ["*.safetensors"]
-        return Path(snapshot_download(name, allow_patterns=[*small, *wanted]))
-    except UserError:
-        raise
+        return Path(snapshot_download(name_or_path, allow_patterns=fetch, local_files_only=not fetch))
     # The hub client raises its own, requests' and OS errors: whatever it is, the model is not to be had.
     except Exception as error:
-        reason = str(error).splitlines()[0]
+        how = "that could be fetched from the Hub" if fetch else f"in the local cache (hf download {name_or_path})"
         raise UserError(
-            f"{name}: neither a folder nor a model that could be fetched from the Hub ({reason}); "
+            f"{name_or_path}: neither a folder nor a model {how}: {str(error).splitlines()[0]}; "
             "an adapter's base can be given with --base"
         ) from error

@@ -18,12 +18,17 @@ MASKS_FILE = "sculpt_masks.safetensors"
 RUN_FILE = "run.json"
 
 
-def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+def read_tensors(file: Path, *, optional: bool = False) -> dict[str, torch.Tensor]:
     """Read one safetensors file.
+
+    Args:
+        optional: a missing file holds nothing.
 
     Raises:
         UserError: missing, truncated or damaged.
     """
+    if optional and not file.is_file():
+        return {}
     try:
         return load_file(str(file))
     except FileNotFoundError as error:

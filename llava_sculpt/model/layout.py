@@ -1,4 +1,4 @@
-"""The names of LLaVA-1.5's weights: in memory (Hugging Face), on disk (several dialects), in the original package.
+"""The two layouts of LLaVA-1.5, Hugging Face's and the original package's: names of the weights, configuration.
 
 Everything that reads, writes or converts weights speaks the in-memory names of `LlavaForConditionalGeneration`
 (`model.language_model.layers.0.self_attn.q_proj.weight`); this is the only module that knows the others.
@@ -7,6 +7,9 @@ Everything that reads, writes or converts weights speaks the in-memory names of 
 from __future__ import annotations
 
 import re
+from typing import Any
+
+from llava_sculpt.errors import UserError
 
 LANGUAGE = "model.language_model."
 PROJECTOR = "model.multi_modal_projector."
@@ -84,3 +87,89 @@ def original_key(key: str) -> str:
 def key_of_original(key: str) -> str:
     """The inverse of `original_key`."""
     return _PEFT + name_of_original(key.removeprefix(_PEFT))
+
+
+ROW_MULTIPLE = 64  # the embedding is filled up to, behind the rows of <image> and <pad>
+# Fields that LlamaConfig has in both packages under the same name.
+TEXT_FIELDS = (
+    "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
+    "max_position_embeddings initializer_range rms_norm_eps attention_bias attention_dropout mlp_bias head_dim "
+    "bos_token_id eos_token_id"
+).split()
+# OpenAI's CLIP ViT-L/14 at 336 px, the tower of LLaVA-1.5: what `plan` needs to know without having it.
+CLIP_NAME = "openai/clip-vit-large-patch14-336"
+CLIP_L_336: dict[str, Any] = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+SELECT = {"patch": "default", "cls_patch": "full"}
+
+
+def is_original(config: dict[str, Any]) -> bool:
+    """Whether a config.json is the original package's: its model types are llava_llama and, earlier, llava."""
+    return "mm_vision_tower" in config and config.get("model_type") in ("llava", "llava_llama")
+
+
+def is_tied(config: dict[str, Any]) -> bool:
+    """Whether lm_head is the embedding (of a config.json of either layout; LlavaConfig reads both places)."""
+    return any(part.get("tie_word_embeddings") for part in (config, config.get("text_config", {})))
+
+
+def hf_config(original: dict[str, Any], tower: dict[str, Any]) -> dict[str, Any]:
+    """config.json in Hugging Face layout from the original's and the vision tower's.
+
+    Raises:
+        UserError: every setting that LLaVA-1.5 does not have.
+    """
+    problems = []
+    for key, expected in (
+        ("mm_projector_type", "mlp2x_gelu"),
+        ("mm_use_im_start_end", False),
+        ("mm_use_im_patch_token", False),
+    ):
+        if original.get(key, expected) != expected:
+            problems.append(f"config.json: {key} is {original[key]!r}, LLaVA-1.5 has {expected!r}")
+    feature = original.get("mm_vision_select_feature", "patch")
+    if feature not in SELECT:
+        problems.append(f"config.json: mm_vision_select_feature is {feature!r}, expected {' or '.join(SELECT)}")
+    if "unpad" in original.get("mm_patch_merge_type", "") or original.get("image_aspect_ratio") == "anyres":
+        problems.append("config.json: images in several tiles (LLaVA-1.6) are not LLaVA-1.5")
+    for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+        if not isinstance(original.get(key), int):
+            problems.append(f"config.json: {key} is missing")
+    if problems:
+        raise UserError(problems)
+    image, tied = original["vocab_size"], is_tied(original)
+    text = {key: original[key] for key in TEXT_FIELDS if original.get(key) is not None}
+    rope = {"rope_type": "default", **(original.get("rope_scaling") or {})}
+    text |= {
+        "model_type": "llama",
+        "vocab_size": -(-(image + 2) // ROW_MULTIPLE) * ROW_MULTIPLE,
+        "pad_token_id": image + 1,
+        "rope_parameters": {"rope_theta": original.get("rope_theta", 10000.0), **rope},
+        "tie_word_embeddings": tied,
+    }
+    vision = {**tower.get("vision_config", tower), "model_type": "clip_vision_model"}
+    for key in ("architectures", "transformers_version", "dtype", "torch_dtype"):
+        vision.pop(key, None)
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "image_token_index": image,
+        "pad_token_id": image + 1,
+        "image_seq_length": (vision["image_size"] // vision["patch_size"]) ** 2,
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": True,
+        "vision_feature_layer": original.get("mm_vision_select_layer", -2),
+        "vision_feature_select_strategy": SELECT[feature],
+        "tie_word_embeddings": tied,
+        "torch_dtype": original.get("dtype", original.get("torch_dtype", "float16")),
+        "text_config": text,
+        "vision_config": vision,
+    }

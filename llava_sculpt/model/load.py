@@ -1,28 +1,18 @@
-"""Loading: the base model for training, and anything a run leaves behind for inference."""
+"""Loading the base model: dtype, 4- and 8-bit weights, another vision tower."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import sys
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 from transformers.utils import is_bitsandbytes_available
 from transformers.utils.logging import disable_progress_bar
 
-from llava_sculpt.data.images import ImagePreprocessor
-from llava_sculpt.data.tokenizer import LlavaTokenizer
 from llava_sculpt.errors import UserError
-from llava_sculpt.model.adapter import base_of, load_adapter
-from llava_sculpt.model.checkpoint import BaseCheckpoint, find_base_checkpoint
-from llava_sculpt.model.files import ADAPTER_CONFIG, ADAPTER_FILE, CONNECTOR_FILE, RUN_FILE
-from llava_sculpt.model.lora import lora_pairs
-from llava_sculpt.records import file_sha256
+from llava_sculpt.model.checkpoint import BaseCheckpoint
 
 
 def load_base(
@@ -98,58 +88,3 @@ def _replace_tower(model: LlavaForConditionalGeneration, folder: str) -> None:
     except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"vision_tower: {folder} does not fit the checkpoint's tower ({reason})") from error
-
-
-@dataclass(frozen=True)
-class Inference:
-    """A model ready to answer, with what turns text and images into its inputs."""
-
-    model: nn.Module
-    tokenizer: LlavaTokenizer
-    preprocessor: ImagePreprocessor
-    checkpoint: BaseCheckpoint
-    adapter: Path | None
-
-    def fingerprint(self) -> str:
-        """sha256 over the base (its fingerprint), the adapter's and connector's files, dtype and kind of device."""
-        weight: Any = next(self.model.parameters())
-        parts = [self.checkpoint.fingerprint(), str(weight.dtype), weight.device.type]
-        if self.adapter is not None:
-            files = [self.adapter / name for name in (ADAPTER_CONFIG, ADAPTER_FILE, CONNECTOR_FILE)]
-            parts += [f"{file.name}:{file_sha256(file)}" for file in files if file.is_file()]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def load_for_inference(path: str, *, base: str | None = None, dtype: torch.dtype | None = None) -> Inference:
-    """Load a base model, an adapter folder (with its connector), or a merged model.
-
-    Args:
-        path: folder or Hub id; a folder with adapter_config.json is an adapter.
-        base: base checkpoint to use instead of the one the adapter names.
-        dtype: default bfloat16 on a GPU, float32 on a CPU.
-
-    Raises:
-        UserError: what is missing or does not fit, before any weight is loaded.
-    """
-    dtype = dtype or (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
-    folder = Path(path)
-    is_adapter = (folder / ADAPTER_CONFIG).is_file()
-    if not is_adapter and (folder / RUN_FILE).is_file():
-        raise UserError(f"{path}: this run has not finished: run the same training command again to continue it")
-    checkpoint = find_base_checkpoint(base_of(folder, base) if is_adapter else path)
-    model: nn.Module = load_base(checkpoint, dtype)
-    if is_adapter:
-        model = load_adapter(model, folder, checkpoint)
-        if dtype == torch.float32 and any(pair.magnitude is not None for pair in lora_pairs(model)):
-            # PEFT takes the norms of W + BA anew for every token; merged in float32 the model answers the same.
-            model.merge_adapter()
-    model.eval()
-    if torch.cuda.is_available():
-        model.to("cuda")
-    return Inference(
-        model,
-        LlavaTokenizer.from_dir(checkpoint.path),
-        ImagePreprocessor.from_dir(checkpoint.path),
-        checkpoint,
-        folder if is_adapter else None,
-    )

@@ -27,6 +27,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, set_seed
 from transformers.utils.logging import disable_progress_bar
 
+from llava_sculpt.artifacts.open import open_checkpoint
 from llava_sculpt.config import Config, help_text, parse_config
 from llava_sculpt.data.collator import TrainCollator
 from llava_sculpt.data.dataset import LlavaDataset, validate_dataset
@@ -35,7 +36,7 @@ from llava_sculpt.data.tokenizer import LlavaTokenizer
 from llava_sculpt.errors import UserError
 from llava_sculpt.memory.plan import check_fits, make_plan
 from llava_sculpt.model.adapter import read_run
-from llava_sculpt.model.checkpoint import BaseCheckpoint, find_base_checkpoint
+from llava_sculpt.model.checkpoint import BaseCheckpoint
 from llava_sculpt.model.files import ADAPTER_FILE, MASKS_FILE, RUN_FILE, read_tensors
 from llava_sculpt.model.load import check_bits, load_base
 from llava_sculpt.model.lora import CONNECTOR_TARGETS, LLM_TARGETS, REGULARIZED_LLM, inject_lora
@@ -75,7 +76,7 @@ def train(config: Config, arguments: Sequence[str]) -> int:
         UserError: bad configuration, data, checkpoint or output folder; nothing has been written over.
     """
     check_bits(config.model.bits)
-    checkpoint = find_base_checkpoint(config.model.model_name_or_path)
+    checkpoint = open_checkpoint(config.model.model_name_or_path)
     data = config.data
     dataset, held_out = _open_dataset(config, checkpoint, data.data_path, data.image_folder), None
     if data.eval_data_path is not None:
@@ -238,7 +239,11 @@ def _check_engine(config: Config, checkpoint: Path) -> None:
 
 
 def _describe(config: Config, checkpoint: BaseCheckpoint, samples: int, steps: int) -> dict[str, Any]:
-    base = {"path": config.model.model_name_or_path, "fingerprint": checkpoint.fingerprint()}
+    base = {
+        "path": config.model.model_name_or_path,
+        "fingerprint": checkpoint.fingerprint(),
+        "weights": checkpoint.weights_fingerprint(),
+    }
     data = {"path": config.data.data_path, "samples": samples, "sha256": file_sha256(config.data.data_path)}
     arguments = config.training
     batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from llava_sculpt.model.load import Inference, load_for_inference
+from llava_sculpt.artifacts.inference import Inference, load_for_inference
 
 
 @pytest.fixture(scope="session")

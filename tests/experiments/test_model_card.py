@@ -75,7 +75,7 @@ def test_a_base_on_the_hub_is_named_and_its_licence_told(study: Path, tmp_path: 
 def test_the_snippet_loads_adapter_and_connector(study: Path) -> None:
     (snippet,) = re.findall(r"```python\n(.*?)```", card_of(study), re.DOTALL)
     check = """
-from llava_sculpt.model.load import load_for_inference
+from llava_sculpt.artifacts.inference import load_for_inference
 ours = load_for_inference(folder, dtype=torch.bfloat16).model.state_dict()
 assert all(torch.equal(value, ours[name]) for name, value in model.state_dict().items())
 assert any("lora_B" in name for name in ours)

@@ -1,4 +1,4 @@
-"""Post-pruning, DARE and Model Tailor on one layer, against definitions written out in float64."""
+"""DARE and Model Tailor on one layer, against definitions written out in float64."""
 
 from __future__ import annotations
 
@@ -9,24 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llava_sculpt.methods import InputHessian, dropped_delta, post_pruned, tailor
-from llava_sculpt.methods.model_tailor import BLOCK_ROWS, damp, scores
+from llava_sculpt.artifacts.dare import dropped_delta
+from llava_sculpt.methods.tailor import BLOCK_ROWS, InputHessian, damp, scores, tailor
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-# Post-pruning
-
-
-@pytest.mark.parametrize("density", [0.01, 0.1, 0.5, 1.0])
-def test_post_pruning_keeps_the_largest(density: float) -> None:
-    factor = random(40, 30)
-    expected = factor.clone()
-    order = np.argsort(-factor.abs().flatten().numpy(), kind="stable")
-    expected.view(-1)[torch.from_numpy(order[int(density * 1200) :])] = 0
-    assert torch.equal(post_pruned(factor, density), expected)
 
 
 # DARE
@@ -58,8 +46,6 @@ def test_dare_depends_on_seed_and_name_alone() -> None:
     assert torch.equal(torch.get_rng_state(), state)  # nobody else's draws change
     assert not torch.equal(dropped_delta(delta, 0.5, 2, "a"), first)
     assert not torch.equal(dropped_delta(delta, 0.5, 1, "b"), first)
-    with pytest.raises(ValueError, match="drop"):
-        dropped_delta(delta, 1.0, 1, "a")
 
 
 # Model Tailor

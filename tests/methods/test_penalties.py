@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llava_sculpt.methods import l2_penalty, orth_penalty
+from llava_sculpt.methods.l2 import l2_penalty
+from llava_sculpt.methods.orth import orth_penalty
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 

@@ -14,17 +14,17 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoProcessor, LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
 
 from llava_sculpt.artifacts import delta as delta_module
 from llava_sculpt.artifacts.convert import convert_adapter, convert_checkpoint
 from llava_sculpt.artifacts.delta import SparseDelta
+from llava_sculpt.artifacts.inference import load_for_inference
 from llava_sculpt.artifacts.merge import WeightUpdate, bits, merge_adapter
 from llava_sculpt.artifacts.sparse import export_sparse, import_sparse, pack_mask, unpack_mask
 from llava_sculpt.cli import main
 from llava_sculpt.errors import UserError
 from llava_sculpt.model.files import ADAPTER_CONFIG, ADAPTER_FILE, CONNECTOR_FILE, MASKS_FILE
-from llava_sculpt.model.load import load_for_inference
 from llava_sculpt.model.lora import LLM_TARGETS
 from tests.model.interop import make_adapter
 
@@ -82,10 +82,15 @@ def test_adapter_there_and_back(checkpoint: Path, original_base: Path, tmp_path:
     assert torch.equal(logits(ours), logits(again))
 
 
-def test_what_the_original_gets(run: Path, original_base: Path, tmp_path: Path) -> None:
+def test_what_the_original_gets(
+    run: Path, original_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "llava-lora"
     command = ["convert", "adapter", str(run), "--to", "original", "--base", str(original_base), "--out", str(out)]
     assert main(command) == 0
+    assert "warning" not in capsys.readouterr().err
+    assert main([*command[:-1], str(tmp_path / "Mine-LoRA")]) == 0
+    assert "; convert into" in (told := capsys.readouterr().err) and "llava-Mine-LoRA" in told
     keys = load_file(out / ADAPTER_FILE).keys()
     assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in keys and len(keys) == 28
     others = torch.load(out / "non_lora_trainables.bin", weights_only=True)
@@ -96,7 +101,7 @@ def test_what_the_original_gets(run: Path, original_base: Path, tmp_path: Path) 
         "2.bias",
     }
     assert json.loads((out / "config.json").read_text()) == json.loads((original_base / "config.json").read_text())
-    assert json.loads((out / "run.json").read_text())["base"]["fingerprint"]
+    assert json.loads((out / "run.json").read_text())["base"].keys() == {"path", "fingerprint", "weights"}
 
 
 def test_a_pickled_adapter_of_llava(run: Path, original_base: Path, tmp_path: Path) -> None:
@@ -239,6 +244,40 @@ def test_an_adapter_that_changes_nothing(run: Path, checkpoint: Path, tmp_path: 
         load_for_inference(str(adapter))
     with pytest.raises(UserError, match="changes nothing"):
         merge_adapter(adapter, tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, nn.Module]:
+    """Base and adapter of a model that is not LLaVA, and what peft merges them to."""
+    folder = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)).save_pretrained(folder / "base")
+    base = LlamaForCausalLM.from_pretrained(folder / "base")
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    model.save_pretrained(folder / "adapter", save_embedding_layers=False)
+    return folder / "base", folder / "adapter", model.merge_and_unload()
+
+
+def test_a_model_that_is_not_llava(llama: tuple[Path, Path, nn.Module], tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    base, adapter, expected = llama
+    config = json.loads((adapter / ADAPTER_CONFIG).read_text())
+    (adapter / ADAPTER_CONFIG).write_text(json.dumps({**config, "base_model_name_or_path": None}))
+    words = ["--out", str(tmp_path / "merged")]
+    assert main(["merge", str(adapter), *words]) == 2
+    assert "name the base with --base" in capsys.readouterr().err
+    assert main(["merge", str(adapter), *words, "--base", str(base)]) == 0
+    assert "q_proj" in capsys.readouterr().out
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    assert all(torch.allclose(merged[name], value, atol=1e-6) for name, value in expected.state_dict().items())
+    delta_module.export_delta(adapter, tmp_path / "delta.safetensors", str(base))
+    model = LlamaForCausalLM.from_pretrained(base)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    task = SparseDelta.load(tmp_path / "delta.safetensors")
+    task.apply(model)
+    assert all(torch.equal(value, merged[name]) for name, value in model.state_dict().items())
+    task.remove(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 # small files

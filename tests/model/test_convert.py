@@ -12,16 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration
 
+from llava_sculpt.artifacts import from_original, writing
 from llava_sculpt.artifacts.convert import convert_checkpoint
+from llava_sculpt.artifacts.from_original import ROWS_FILE
+from llava_sculpt.artifacts.open import open_checkpoint
 from llava_sculpt.cli import main
 from llava_sculpt.errors import UserError
 from llava_sculpt.memory.plan import read_checkpoint_config
-from llava_sculpt.model import from_original, shards
 from llava_sculpt.model.checkpoint import find_base_checkpoint
-from llava_sculpt.model.from_original import ROWS_FILE, hf_config
-from llava_sculpt.model.layout import name_of_original, original_name
+from llava_sculpt.model.layout import CLIP_L_336, hf_config, name_of_original, original_name
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -163,16 +164,16 @@ def test_what_is_not_llava_1_5(copy: Path, tmp_path: Path, change: dict[str, obj
 KILLED_AFTER_TWO_FILES = """
 import os, sys
 from pathlib import Path
-from llava_sculpt.model import from_original, shards
+from llava_sculpt.artifacts import from_original, writing
 from llava_sculpt.artifacts.convert import convert_checkpoint
-from_original.in_shards = lambda tensors: shards.in_shards(tensors, 20_000)
-write, done = shards.write_safetensors, []
+from_original.in_shards = lambda tensors: writing.in_shards(tensors, 20_000)
+write, done = writing.write_safetensors, []
 def two_only(file, tensors, metadata=None):
     if len(done) == 2:
         os._exit(9)
     write(file, tensors, metadata)
     done.append(file)
-shards.write_safetensors = two_only
+writing.write_safetensors = two_only
 convert_checkpoint(sys.argv[1], "hf", Path(sys.argv[2]))
 """
 
@@ -190,7 +191,7 @@ def test_a_killed_conversion_continues(
     kept = sorted((tmp_path / ".hf.partial").glob("model*.safetensors"))
     assert len(kept) == 2
     times = [file.stat().st_mtime_ns for file in kept]
-    monkeypatch.setattr(from_original, "in_shards", lambda tensors: shards.in_shards(tensors, 20_000))
+    monkeypatch.setattr(from_original, "in_shards", lambda tensors: writing.in_shards(tensors, 20_000))
     convert_checkpoint(str(original), "hf", out)
     assert "2 of" in capsys.readouterr().err
     assert [(out / file.name).stat().st_mtime_ns for file in kept] == times
@@ -207,13 +208,49 @@ def test_what_was_kept_of_another_source_is_not_used(copy: Path, tmp_path: Path)
     assert sorted(f.name for f in (tmp_path / "hf").glob("model*")) == ["model.safetensors"]
 
 
-def test_find_base_converts_once_into_the_cache(
+def test_finding_does_not_convert(
+    copy: Path, checkpoint: Path, training_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(UserError, match="convert it: llava-sculpt convert checkpoint"):
+        find_base_checkpoint(str(copy))
+    found, ours = (find_base_checkpoint(str(folder), weights=False) for folder in (copy, checkpoint))
+    for name in ("image_token_id", "pad_token_id", "image_tokens", "smallest_dimension"):
+        assert getattr(found, name) == getattr(ours, name)
+    data = [str(training_data / "train.json"), "--image_folder", str(training_data / "images")]
+    assert main(["check-data", *data, "--model", str(copy)]) == 0
+    assert not (tmp_path / "cache").exists()
+
+
+def test_tied_embeddings_there_and_back(checkpoint: Path, tmp_path: Path) -> None:
+    model = LlavaForConditionalGeneration.from_pretrained(checkpoint)
+    model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(tmp_path / "tied")
+    for name in ("tokenizer.model", "preprocessor_config.json"):
+        shutil.copy(checkpoint / name, tmp_path / "tied" / name)
+    convert_checkpoint(str(tmp_path / "tied"), "original", tmp_path / "llava")
+    assert json.loads((tmp_path / "llava" / "config.json").read_text())["tie_word_embeddings"] is True
+    convert_checkpoint(str(tmp_path / "llava"), "hf", tmp_path / "back")
+    assert same(weights(tmp_path / "tied"), weights(tmp_path / "back"))
+    first, again = (find_base_checkpoint(str(tmp_path / name)) for name in ("tied", "back"))
+    assert first.weights_fingerprint() == again.weights_fingerprint()
+
+
+def test_a_name_that_llava_does_not_recognise(checkpoint: Path, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    convert_checkpoint(str(checkpoint), "original", tmp_path / "mine")
+    assert "; convert into" in (told := capsys.readouterr().err) and "llava-mine" in told
+    convert_checkpoint(str(checkpoint), "original", tmp_path / "LLaVA")
+    assert capsys.readouterr().err == ""
+
+
+def test_opening_converts_once_into_the_cache(
     copy: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    first = find_base_checkpoint(str(copy))
+    first = open_checkpoint(str(copy))
     assert "converting it once into" in capsys.readouterr().err
-    again = find_base_checkpoint(str(copy))
+    again = open_checkpoint(str(copy))
     assert capsys.readouterr().err == ""
     assert first == again and first.path.is_relative_to(tmp_path / "cache")
     assert first.fingerprint() == again.fingerprint()
@@ -221,7 +258,7 @@ def test_find_base_converts_once_into_the_cache(
     theirs = load_file(copy / "model.safetensors")
     theirs["lm_head.weight"] += 1
     save_file(theirs, str(copy / "model.safetensors"))
-    assert find_base_checkpoint(str(copy)).path != first.path
+    assert open_checkpoint(str(copy)).path != first.path
 
 
 def test_training_takes_an_original_checkpoint(copy: Path, train, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
@@ -240,18 +277,6 @@ def test_plan_reads_an_original_configuration(original: Path, checkpoint: Path) 
     assert read_checkpoint_config("liuhaotian/llava-v1.5-13b")["text_config"]["hidden_size"] == 5120
 
 
-def test_processor_for_stock_transformers(copy: Path, tmp_path: Path) -> None:
-    convert_checkpoint(str(copy), "hf", tmp_path / "hf")
-    processor = AutoProcessor.from_pretrained(tmp_path / "hf")
-    image_id = find_base_checkpoint(str(tmp_path / "hf")).image_token_id
-    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}
-    text = processor.apply_chat_template([message], add_generation_prompt=True)
-    assert text.endswith("USER: <image>\nWhat is this? ASSISTANT:")
-    ids = processor.tokenizer(text.replace("<image>", "<image>" * 4), add_special_tokens=False).input_ids
-    assert ids.count(image_id) == 4 and ids[0] == 1 and ids.count(1) == 1
-    assert processor.tokenizer.pad_token_id == image_id + 1
-
-
 def test_the_published_configuration_of_7b() -> None:
     published = {
         "model_type": "llava",
@@ -264,7 +289,7 @@ def test_the_published_configuration_of_7b() -> None:
         "num_attention_heads": 32,
         "vocab_size": 32000,
     }
-    config = hf_config(published, from_original.CLIP_L_336)
+    config = hf_config(published, CLIP_L_336)
     assert config["text_config"]["vocab_size"] == 32064  # as in llava-hf/llava-1.5-7b-hf
     assert (config["image_token_index"], config["pad_token_id"], config["image_seq_length"]) == (32000, 32001, 576)
 

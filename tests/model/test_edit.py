@@ -13,13 +13,14 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from llava_sculpt.artifacts.edit import EDIT_FILE
+from llava_sculpt.artifacts.edit import EDIT_FILE, settings_of
+from llava_sculpt.artifacts.inference import load_for_inference
 from llava_sculpt.cli import main
 from llava_sculpt.data.collator import TrainCollator
 from llava_sculpt.data.dataset import LlavaDataset
 from llava_sculpt.model.files import ADAPTER_FILE, CONNECTOR_FILE, RUN_FILE
-from llava_sculpt.model.load import load_for_inference
 from llava_sculpt.model.lora import lora_pairs
+from llava_sculpt.names import EDITS, METHODS
 from tests.runs import Train
 
 LANGUAGE = "model.language_model."
@@ -225,7 +226,13 @@ def test_bad_input(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("method", ["post_prune", "dare", "model_tailor"])
+def test_every_edit_has_the_settings_of_its_row() -> None:
+    for name in EDITS:
+        given = dict.fromkeys((*METHODS[name].fields, "no_such"))
+        assert settings_of(name, given).keys() == set(METHODS[name].fields)
+
+
+@pytest.mark.parametrize("method", EDITS)
 def test_folders(
     adapter: Path, tmp_path: Path, training_data: Path, capsys: pytest.CaptureFixture[str], method: str
 ) -> None:

@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
+from llava_sculpt.artifacts.inference import load_for_inference
 from llava_sculpt.data.collator import left_pad
 from llava_sculpt.data.conversation import encode_prompt
 from llava_sculpt.data.images import ImagePreprocessor, load_rgb
 from llava_sculpt.data.tokenizer import LlavaTokenizer
 from llava_sculpt.evaluation.generate import generate_answers
-from llava_sculpt.model.load import load_for_inference
 from tests.model import interop
 from tests.model.interop import TINY
 

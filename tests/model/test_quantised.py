@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 
+from llava_sculpt.artifacts.inference import load_for_inference
 from llava_sculpt.config import SculptConfig
 from llava_sculpt.model import load
 from llava_sculpt.model.checkpoint import find_base_checkpoint
 from llava_sculpt.model.files import ADAPTER_FILE, CONNECTOR_FILE, MASKS_FILE, RUN_FILE
-from llava_sculpt.model.load import load_base, load_for_inference
+from llava_sculpt.model.load import load_base
 from llava_sculpt.model.lora import (
     CONNECTOR_TARGETS,
     REGULARIZED_LLM,

@@ -9,11 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llava_sculpt.artifacts.inference import load_for_inference
 from llava_sculpt.errors import UserError
 from llava_sculpt.model.adapter import load_adapter
 from llava_sculpt.model.checkpoint import find_base_checkpoint
 from llava_sculpt.model.files import ADAPTER_CONFIG, ADAPTER_FILE, CONNECTOR_FILE, MASKS_FILE
-from llava_sculpt.model.load import load_base, load_for_inference
+from llava_sculpt.model.load import load_base
 from llava_sculpt.model.lora import lora_pairs
 from tests.runs import Train, cut_off_after, log_of, same_files
 

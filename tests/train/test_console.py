@@ -13,7 +13,7 @@ from llava_sculpt.config import DataArguments, ModelArguments, SculptArguments, 
 from llava_sculpt.names import PENALTIES
 from llava_sculpt.train.console import log_line
 from llava_sculpt.train.train import main
-from tests.train.conftest import Train
+from tests.runs import Train
 from tests.train.test_resume import cut_off_after
 
 COMMON = {"loss": 12.3456, "task_loss": 12.3456, "lr_lora": 1.9e-4, "grad_norm": 123.456}

@@ -11,20 +11,21 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from llava_sculpt.artifacts.edit import check_new, edit_record, open_adapter, write_edited
-from llava_sculpt.artifacts.merge import WeightUpdate
+from llava_sculpt.artifacts.edit import Base, write_record
+from llava_sculpt.artifacts.merge import WeightUpdate, open_adapter, rewrite_checkpoint
+from llava_sculpt.artifacts.writing import check_new
 from llava_sculpt.data.collator import expand_image
 from llava_sculpt.data.dataset import LlavaDataset, validate_dataset
 from llava_sculpt.data.images import ImagePreprocessor
 from llava_sculpt.data.tokenizer import LlavaTokenizer
 from llava_sculpt.errors import UserError
-from llava_sculpt.methods import InputHessian, Tailored, tailor
+from llava_sculpt.methods.tailor import InputHessian, Tailored, tailor
 from llava_sculpt.model.adapter import load_adapter, read_run
 from llava_sculpt.model.checkpoint import BaseCheckpoint
 from llava_sculpt.model.layout import LANGUAGE
@@ -45,30 +46,26 @@ def model_tailor(
     adapter: Path,
     out: Path,
     *,
-    keep: float,
-    data_path: str,
-    image_folder: str,
-    samples: int,
-    seed: int,
-    compensate: bool = True,
-    base: str | None = None,
-    progress: bool = False,
-) -> dict[str, Any]:
-    """Write the base model with the fine-tuned entries that Model Tailor keeps in the LLM's adapted matrices.
+    data_path: Annotated[str, "training JSON the calibration samples are drawn from"],
+    image_folder: Annotated[str, "folder its `image` paths start from"],
+    keep: Annotated[float, "fraction of fine-tuned entries kept"] = 0.1,
+    samples: Annotated[int, "calibration samples"] = 128,
+    no_compensation: Annotated[bool, "leave kept entries as they are"] = False,
+    seed: Annotated[int, "of the choice of samples"] = 42,
+    base: Base = None,
+) -> None:
+    """The fine-tuned entries that matter, compensated -> a merged model.
 
-    The connector is taken over as it is trained. Runs on the GPU if there is one, else on the CPU in float32.
+    In the LLM's adapted matrices; the connector is taken over as it is trained. Runs on the GPU if there is one, else
+    on the CPU in float32. edit.json has, per matrix, the fraction `kept`, `error` and `plain_error` (`Tailored`).
 
     Args:
-        keep: fraction of each matrix's entries that stay fine-tuned, in (0, 1].
-        data_path, image_folder: the training set whose samples are the calibration inputs.
-        samples: how many, drawn with `seed`; all if there are fewer.
-        compensate: whether kept entries make up for restored ones.
-
-    Returns:
-        Content of edit.json. `layers`: per matrix the fraction `kept`, `error` and `plain_error` (`Tailored`).
+        keep: of each matrix, in (0, 1].
+        samples: drawn with `seed`; all if there are fewer.
+        no_compensation: kept entries do not make up for restored ones.
 
     Raises:
-        UserError: not an adapter or of another base, bad settings or data, `out` not empty or not writable.
+        UserError: not an adapter of a LLaVA, or of another base, bad settings or data, `out` not empty or not writable.
     """
     problems = [] if 0 < keep <= 1 else [f"keep: must be in (0, 1], got {keep}"]
     problems += [] if samples >= 1 else [f"samples: must be at least 1, got {samples}"]
@@ -91,7 +88,7 @@ def model_tailor(
     layers: dict[str, dict[str, float]] = {}
     with torch.no_grad():
         for name, result in _tailored(
-            model, weights, _calibration(dataset, chosen, checkpoint), updates, keep, compensate
+            model, weights, _calibration(dataset, chosen, checkpoint), updates, keep, not no_compensation
         ):
             weights[name].data.copy_(result.weight)
             layers[name] = {
@@ -99,8 +96,7 @@ def model_tailor(
                 "error": result.error,
                 "plain_error": result.plain_error,
             }
-            if progress:
-                print(_line(name, result), flush=True)
+            print(_line(name, result), flush=True)
 
     def change(name: str, weight: torch.Tensor) -> torch.Tensor | None:
         if name not in layers:
@@ -113,12 +109,14 @@ def model_tailor(
         "keep": keep,
         "samples": len(chosen),
         "seed": seed,
-        "compensation": compensate,
+        "compensation": not no_compensation,
         "data_path": data_path,
     }
-    record = {**edit_record(adapter, "model_tailor", settings), "layers": layers}
-    write_edited(checkpoint, out, change, record)
-    return record
+
+    def finish(folder: Path) -> None:
+        write_record(folder, adapter, "model_tailor", settings, layers=layers)
+
+    rewrite_checkpoint(checkpoint, out, change, finish=finish)
 
 
 def _load(adapter: Path, checkpoint: BaseCheckpoint) -> nn.Module:

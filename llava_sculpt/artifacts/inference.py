@@ -1,0 +1,77 @@
+"""Anything a run leaves behind, or a base model, ready to answer."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from llava_sculpt.artifacts.open import open_base_of, open_checkpoint
+from llava_sculpt.data.images import ImagePreprocessor
+from llava_sculpt.data.tokenizer import LlavaTokenizer
+from llava_sculpt.errors import UserError
+from llava_sculpt.model.adapter import load_adapter
+from llava_sculpt.model.checkpoint import BaseCheckpoint
+from llava_sculpt.model.files import ADAPTER_CONFIG, ADAPTER_FILE, CONNECTOR_FILE, RUN_FILE
+from llava_sculpt.model.load import load_base
+from llava_sculpt.model.lora import lora_pairs
+from llava_sculpt.records import file_sha256
+
+
+@dataclass(frozen=True)
+class Inference:
+    """A model ready to answer, with what turns text and images into its inputs."""
+
+    model: nn.Module
+    tokenizer: LlavaTokenizer
+    preprocessor: ImagePreprocessor
+    checkpoint: BaseCheckpoint
+    adapter: Path | None
+
+    def fingerprint(self) -> str:
+        """sha256 over the base (its fingerprint), the adapter's and connector's files, dtype and kind of device."""
+        weight: Any = next(self.model.parameters())
+        parts = [self.checkpoint.fingerprint(), str(weight.dtype), weight.device.type]
+        if self.adapter is not None:
+            files = [self.adapter / name for name in (ADAPTER_CONFIG, ADAPTER_FILE, CONNECTOR_FILE)]
+            parts += [f"{file.name}:{file_sha256(file)}" for file in files if file.is_file()]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def load_for_inference(path: str, *, base: str | None = None, dtype: torch.dtype | None = None) -> Inference:
+    """Load a base model, an adapter folder (with its connector), or a merged model.
+
+    Args:
+        path: folder or Hub id; a folder with adapter_config.json is an adapter.
+        base: base checkpoint to use instead of the one the adapter names.
+        dtype: default bfloat16 on a GPU, float32 on a CPU.
+
+    Raises:
+        UserError: what is missing or does not fit, before any weight is loaded.
+    """
+    dtype = dtype or (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+    folder = Path(path)
+    is_adapter = (folder / ADAPTER_CONFIG).is_file()
+    if not is_adapter and (folder / RUN_FILE).is_file():
+        raise UserError(f"{path}: this run has not finished: run the same training command again to continue it")
+    checkpoint = open_base_of(folder, base) if is_adapter else open_checkpoint(path)
+    model: nn.Module = load_base(checkpoint, dtype)
+    if is_adapter:
+        model = load_adapter(model, folder, checkpoint)
+        if dtype == torch.float32 and any(pair.magnitude is not None for pair in lora_pairs(model)):
+            # PEFT takes the norms of W + BA anew for every token; merged in float32 the model answers the same.
+            model.merge_adapter()
+    model.eval()
+    if torch.cuda.is_available():
+        model.to("cuda")
+    return Inference(
+        model,
+        LlavaTokenizer.from_dir(checkpoint.path),
+        ImagePreprocessor.from_dir(checkpoint.path),
+        checkpoint,
+        folder if is_adapter else None,
+    )
