@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, HfApi, ModelCardData
 
 from llava_sculpt.artifacts.inspect import inspect_adapter
-from llava_sculpt.model.adapter import read_run
+from llava_sculpt.model.adapter import find_upwards, read_run
 from llava_sculpt.model.files import CONNECTOR_FILE, MASKS_FILE
 from llava_sculpt.names import METHODS
 from llava_sculpt.records import write_atomically
@@ -62,7 +62,7 @@ def write_model_card(folder: Path, results: Mapping[str, Any] | None = None, sco
             "model.get_base_model().load_state_dict(connector, strict=False)\n"
         )
     text = f"""---
-{_metadata(folder.absolute().name, run["base"]["path"], results).to_yaml()}
+{_metadata(folder, run["base"]["path"], results).to_yaml()}
 ---
 # {method.label} adapter, rank {config["lora_r"]}, on {Path(run["data"]["path"]).parent.name}
 
@@ -130,11 +130,11 @@ def upload_results(folder: Path) -> None:
         print(f"uploaded to {repository}")
 
 
-def _metadata(name: str, base: str, results: Mapping[str, Any] | None) -> ModelCardData:
+def _metadata(folder: Path, base: str, results: Mapping[str, Any] | None) -> ModelCardData:
     """What the Hub shows beside the card: licence, base model, tags, and every score in its model-index."""
     scores = []
     if results is not None:
-        rows = [
+        rows: list[tuple[str, str, str | None, float]] = [
             (task, f"{task} ({e['n']} questions, {e['split']})", f"{e['metric']}, {e['variant']}", e["score"])
             for task, e in results["tasks"].items()
         ]
@@ -150,17 +150,18 @@ def _metadata(name: str, base: str, results: Mapping[str, Any] | None) -> ModelC
             )
             for task, title, metric, score in rows
         ]
-    here = Path(base).is_dir() or os.path.isabs(base)  # the Hub knows ids, not folders
-    license = {"license": "other", "license_name": "as-the-base-model"}
+    here = os.path.isabs(base) or Path(find_upwards(base, folder)).is_dir()  # the Hub knows ids, not folders
+    fields: dict[str, Any] = {"license": "other", "license_name": "as-the-base-model"}
     if not here and "llava" in base and "1.5" in base:
-        license = {"license": "llama2"}
+        fields = {"license": "llama2"}
+    if scores:
+        fields |= {"model_name": folder.absolute().name, "eval_results": scores}
     return ModelCardData(
         base_model=None if here else base,
         library_name="peft",
         pipeline_tag="image-text-to-text",
         tags=["llava", "lora", "lorasculpt"],
-        **license,
-        **({"model_name": name, "eval_results": scores} if scores else {}),
+        **fields,
     )
 
 

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
-
-from tqdm import tqdm
 
 Answers = dict[Any, str]  # by question_id
 
@@ -46,6 +43,10 @@ class Journal:
                 part.unlink()
         return answers
 
+    def count(self) -> int:
+        """How many answers there are so far, of all processes."""
+        return sum(max(0, part.read_bytes().count(b"\n") - 1) for part in self.parts())
+
     def append(self, answers: Mapping[Any, str], rank: int) -> None:
         """Add answers to this process's file; after it returns, killing the process does not lose them."""
         if self._stream is None:
@@ -72,33 +73,3 @@ class Journal:
         if b"\n" not in content:
             stream.write(json.dumps({"key": self.key}).encode() + b"\n")
         return stream
-
-
-class Progress:
-    """A bar over the answers of all processes, as their journals show them."""
-
-    def __init__(self, journals: Sequence[Journal], total: int, *, show: bool) -> None:
-        self._journals, self._total, self._show = journals, total, show
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> None:
-        if self._show:
-            self._thread.start()
-
-    def __exit__(self, *error: object) -> None:
-        if self._show:
-            self._stop.set()
-            self._thread.join()
-
-    def _watch(self) -> None:
-        done = self._count()
-        # From the answers of an earlier process on: they say nothing about how fast this one is.
-        with tqdm(total=self._total, initial=done, unit="q", desc="answers") as bar:
-            while not self._stop.wait(1):
-                bar.update(self._count() - bar.n)
-            bar.update(self._count() - bar.n)
-
-    def _count(self) -> int:
-        parts = [part for journal in self._journals for part in journal.parts()]
-        return sum(max(0, part.read_bytes().count(b"\n") - 1) for part in parts)

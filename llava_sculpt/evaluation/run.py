@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 import llava_sculpt
 from llava_sculpt.artifacts.inference import Inference
@@ -19,7 +20,7 @@ from llava_sculpt.data.conversation import encode_prompt
 from llava_sculpt.errors import UserError
 from llava_sculpt.evaluation.decode import image_token_count
 from llava_sculpt.evaluation.generate import generate_answers
-from llava_sculpt.evaluation.journal import Journal, Progress
+from llava_sculpt.evaluation.journal import Journal
 from llava_sculpt.evaluation.processes import from_first, rank, share_out, world_size
 from llava_sculpt.evaluation.score_files import read_gold
 from llava_sculpt.evaluation.scorers import scorer_of
@@ -139,6 +140,8 @@ def evaluate(
             parts = loaded.model, loaded.tokenizer, loaded.preprocessor
             for answers in generate_answers(*parts, mine, task.image_folder, batch_size, max_new_tokens):
                 journal.append({mine[place]["question_id"]: text for place, text in answers.items()}, rank())
+                if not bar.disable:
+                    bar.update(sum(part.count() for part in journals.values()) - bar.n)
         finally:
             journal.close()
 
@@ -157,14 +160,16 @@ def evaluate(
             journal.remove()
         return scored
 
-    total = sum(len(task.questions) for task in tasks)
-    with Progress(list(journals.values()), total, show=sys.stderr.isatty() and rank() == 0):
+    total, before = sum(len(task.questions) for task in tasks), sum(map(len, known.values()))
+    silent = rank() > 0 or not sys.stderr.isatty()
+    # From the answers of an earlier process on: they say nothing about how fast this one is.
+    with tqdm(total=total, initial=before, unit="q", desc="answers", disable=silent) as bar:
         try:
             for task in tasks:
                 answer_rest(task)
         except OSError as error:
             raise UserError(f"{folder}: cannot write the predictions: {error}") from error
-        from_first(lambda: None)  # the bar shows what the others still answer
+    from_first(lambda: None)  # the others may still answer
     scored = from_first(write_and_score)
     settings = {
         "split": split,

@@ -15,12 +15,8 @@ _PERIOD = re.compile(r"\.(?!\d)")
 # ... and they pass a regex flag (value 32) where the number of replacements goes.
 _MOST_PERIODS = 32
 
-_NUMBERS = {
-    word: str(number)
-    for number, word in enumerate(
-        ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-    )
-} | {"none": "0"}
+_NUMBERS = {word: str(n) for n, word in enumerate("zero one two three four five six seven eight nine ten".split())}
+_NUMBERS["none"] = "0"
 _ARTICLES = {"a", "an", "the"}
 
 # The words whose apostrophe is restored. The evaluators list them with exactly one apostrophe left out, each
