@@ -41,18 +41,17 @@ def judge(rows: Mapping[str, Sequence[Row]]) -> list[Claim]:
     Args:
         rows: of every grid, by its name.
     """
-    by_task = [
-        (task, *([row for row in rows[grid] if row.task == task] for grid in ("table1", "table3", "fig5")))
-        for task in TARGETS
-    ]
-    claims = [
-        claim
-        for task, table1, _, _ in by_task
-        for claim in (_rank(task, table1), _kept(task, table1), _best(task, table1), _stabler(task, table1, *_RANKS))
-    ]
+
+    def of(task: str, grid: str) -> list[Row]:
+        return [row for row in rows[grid] if row.task == task]
+
+    claims = []
+    for task in TARGETS:
+        table1 = of(task, "table1")
+        claims += [_rank(task, table1), _kept(task, table1), _best(task, table1), _stabler(task, table1, *_RANKS)]
     claims += [_connector(rows["table2"]), _stabler("iconqa", rows["fig3"], *_EPOCHS)]
-    claims += [claim for task, _, table3, _ in by_task for claim in _parts(task, table3)]
-    claims += [_density(task, fig5) for task, _, _, fig5 in by_task]
+    claims += [claim for task in TARGETS for claim in _parts(task, of(task, "table3"))]
+    claims += [_density(task, of(task, "fig5")) for task in TARGETS]
     order = list(dict.fromkeys(claim.finding for claim in claims))
     return sorted(claims, key=lambda claim: order.index(claim.finding))
 

@@ -24,7 +24,7 @@ from llava_sculpt.names import METHODS, TASKS, TRAINED, ZERO_SHOT
 from llava_sculpt.records import write_atomically
 
 # One look for each method in all figures: its colour and marker.
-_LOOKS = {
+_LOOKS: dict[str, dict[str, Any]] = {
     method: {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
     for index, method in enumerate(dict.fromkeys(("sculpt", "lora", "model_tailor", "dora", "dare", *TRAINED)))
 }
@@ -124,8 +124,8 @@ def hyper_parameters(rows: Sequence[Row]) -> Figure | None:
         for score, look in _SCORES.items():
             _line(axes, varied, score, score.title(), look)
             if lora is not None and (value := lora.mean(score)) is not None:
-                style = {"color": look["color"], "linestyle": "--", "linewidth": 1, "alpha": 0.7}
-                axes.axhline(value[0], label=f"{score.title()}, LoRA", **style)
+                of_lora = f"{score.title()}, LoRA"
+                axes.axhline(value[0], label=of_lora, color=look["color"], linestyle="--", linewidth=1, alpha=0.7)
         axes.set_xscale("log")
         _ticks(axes, varied, *(("{:g} %", 100) if name == "sculpt_density" else ()))
         axes.set_xlabel(label)
@@ -149,7 +149,7 @@ def layer_densities(rows: Sequence[Row]) -> Figure | None:
                 values = [densities["modules"][name][2] for densities in found]
                 by_kind.setdefault(match[2], {})[int(match[1])] = 100 * fmean(values)
         for index, (kind, layers) in enumerate(by_kind.items()):
-            look = {"marker": MARKERS[index % len(MARKERS)], "color": COLOURS[index % len(COLOURS)]}
+            look: dict[str, Any] = {"marker": MARKERS[index % len(MARKERS)], "color": COLOURS[index % len(COLOURS)]}
             axes.plot(list(layers), list(layers.values()), markersize=5, linewidth=1.2, label=kind, **look)
         bound = 100 * fmean(densities["total"][3] for densities in found)
         axes.axhline(bound, color=_GREY, linestyle="--", linewidth=1.2, label=f"Theorem 3.1: {bound:.1f} %")
@@ -207,11 +207,11 @@ def training_curves(rows: Sequence[Row]) -> Figure | None:
     titles = {"task_loss": "task loss", "cmr_llm": "CMR of the LLM (mean over matrices)"}
     for axes, (quantity, title) in zip(panels, titles.items(), strict=True):
         for row in shown:
-            style = {"color": _LOOKS[row.run.method]["color"], "linestyle": "-" if row.task == shown[0].task else "--"}
+            colour, dashes = _LOOKS[row.run.method]["color"], "-" if row.task == shown[0].task else "--"
             label: str | None = f"{METHODS[row.run.method].label}, {TASKS[row.task].label}"
             curves = [result.get("curve", {}) for result in row.results.values()]
             for curve in (curve for curve in curves if quantity in curve):
-                axes.plot(curve["step"], curve[quantity], linewidth=1, label=label, **style)
+                axes.plot(curve["step"], curve[quantity], dashes, color=colour, linewidth=1, label=label)
                 label = None  # named once
         axes.set_xlabel("optimizer step")
         axes.set_ylabel(title)
