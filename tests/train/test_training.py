@@ -53,7 +53,8 @@ def test_evaluation_leaves_training_as_it_is(train: Train, finished: Path, train
     assert [r["loss"] for r in log_of(tmp_path / "run")] == [r["loss"] for r in log_of(finished)]
     history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
     losses = {record["step"]: record["eval_loss"] for record in history if "eval_loss" in record}
-    assert list(losses) == [4, 8, 12, 16, 18] and losses[18] < losses[4]
+    # (Making the masks at step 5 costs some.)
+    assert list(losses) == [4, 8, 12, 16, 18] and losses[18] < losses[8]
 
 
 def test_logs_hold_every_quantity(finished: Path) -> None:
