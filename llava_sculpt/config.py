@@ -89,11 +89,13 @@ class SculptArguments:
     method: str = field(
         default="sculpt",
         metadata={
-            "help": "LoRASculpt, or a baseline: plain LoRA, DoRA, LoRA with L2-Reg or Orth-Reg.",
+            "help": "LoRASculpt (sculpt), or a baseline.",
             "choices": list(TRAINED),
         },
     )
-    reg_lambda: float = field(default=1e-3, metadata={"help": "Weight of the regularizer of method l2 or orth."})
+    reg_lambda: float = field(
+        default=1e-3, metadata={"help": f"Weight of the penalty of method {' or '.join(PENALTIES)}."}
+    )
     sculpt_density: float = field(
         default=0.1,
         metadata={

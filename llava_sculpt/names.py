@@ -52,13 +52,13 @@ EDITS = tuple(name for name, method in METHODS.items() if method.kind == "edit")
 
 @dataclass(frozen=True)
 class TaskName:
-    """A data set that models are trained on (Target) or that shows what they forget (Source).
+    """A data set that models are trained on (Target), that shows what they forget (Source), or that is only scored.
 
     `tasks/NAME.py` prepares it from its official files.
 
     Attributes:
         label: its name in tables and figures, as in the paper.
-        role: `target` or `source`.
+        role: `target` or `source`, which make the paper's average and have a tiny twin, or `extra`, scored when named.
         scorer: what scores its answers (`evaluation/scorers/`).
         tiny_options: of its preparation at the tiny scale.
     """
@@ -81,6 +81,7 @@ TASKS = {
 }
 TARGETS = tuple(name for name, task in TASKS.items() if task.role == "target")
 SOURCES = tuple(name for name, task in TASKS.items() if task.role == "source")
+PAPER_TASKS = (*TARGETS, *SOURCES)
 
 
 def config_file(scale: str, task: str, method: str) -> Path:

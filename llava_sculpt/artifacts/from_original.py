@@ -69,7 +69,7 @@ def find_tower(original: Path, named: str) -> Path:
         return folder if weight_files(folder) else find_folder(named, [*small, "pytorch_model*.bin*"])
     except UserError as error:
         raise UserError(
-            f"{original / 'config.json'}: mm_vision_tower: {str(error).partition(': ')[2]}; or put the CLIP model's "
+            f"{original / 'config.json'}: mm_vision_tower: {error}; or put the CLIP model's "
             f"folder into {original / TOWER_FOLDER}"
         ) from error
 

@@ -59,7 +59,7 @@ def write_model_card(folder: Path, results: Mapping[str, Any] | None = None, sco
     if (folder / CONNECTOR_FILE).is_file():
         connector = (
             f'connector = load_file(f"{{folder}}/{CONNECTOR_FILE}")\n'
-            "model.get_base_model().load_state_dict(connector, strict=False)\n"
+            "assert not model.get_base_model().load_state_dict(connector, strict=False).unexpected_keys\n"
         )
     text = f"""---
 {_metadata(folder, run["base"]["path"], results).to_yaml()}
@@ -88,8 +88,8 @@ model = LlavaForConditionalGeneration.from_pretrained("{base}", dtype=torch.bflo
 model = PeftModel.from_pretrained(model, folder).eval()
 {connector}```
 
-A base in the layout of LLaVA's own package loads with `llava_sculpt.model.load.load_for_inference(folder)`, which also
-checks that it is the base trained on.
+A base in the layout of LLaVA's own package loads with `load_for_inference(folder)` from
+`llava_sculpt.artifacts.inference`, which also checks that it is the base trained on.
 
 ## Commands
 

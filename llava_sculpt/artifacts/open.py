@@ -47,7 +47,13 @@ def open_base_of(adapter: Path, base: str | None = None, *, any_model: bool = Fa
     Raises:
         UserError: not an adapter folder, or it names none.
     """
-    return open_checkpoint(base_of(adapter, base), any_model=any_model)
+    named = base_of(adapter, base)
+    try:
+        return open_checkpoint(named, any_model=any_model)
+    except UserError as error:
+        if Path(named).is_dir():
+            raise
+        raise UserError(f"{adapter}: its base: {error}; name it with --base") from error
 
 
 def fetch_folder(name_or_path: str, weights: bool = True) -> Path:

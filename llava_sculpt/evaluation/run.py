@@ -24,7 +24,7 @@ from llava_sculpt.evaluation.journal import Journal
 from llava_sculpt.evaluation.processes import from_first, rank, share_out, world_size
 from llava_sculpt.evaluation.score_files import read_gold
 from llava_sculpt.evaluation.scorers import scorer_of
-from llava_sculpt.names import SOURCES, TARGETS, TASKS
+from llava_sculpt.names import PAPER_TASKS, SOURCES, TARGETS, TASKS
 from llava_sculpt.records import versions, write_atomically, write_json
 from llava_sculpt.tasks.common import MANIFEST, json_lines, load_json
 from llava_sculpt.tasks.lines import read_records
@@ -47,12 +47,12 @@ class Task:
 
 
 def tasks_of(name: str) -> list[str]:
-    """`all`, or a comma-separated list of task names, each once.
+    """`all` (Targets and Sources), or a comma-separated list of task names, each once.
 
     Raises:
         UserError: a name that is not a task.
     """
-    names = list(TASKS) if name == "all" else [part.strip() for part in name.split(",") if part.strip()]
+    names = list(PAPER_TASKS) if name == "all" else [part.strip() for part in name.split(",") if part.strip()]
     known = f"known: all, {', '.join(TASKS)}"
     problems = [] if names else [f"--tasks: empty; {known}"]
     for unknown in (part for part in names if part not in TASKS):

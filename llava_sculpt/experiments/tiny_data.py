@@ -12,7 +12,7 @@ import llava_sculpt.tiny
 from llava_sculpt.artifacts.merge import MERGE_FILE
 from llava_sculpt.model.adapter import base_of, find_upwards
 from llava_sculpt.model.files import ADAPTER_CONFIG
-from llava_sculpt.names import TASKS
+from llava_sculpt.names import PAPER_TASKS, TASKS
 from llava_sculpt.records import write_json
 from llava_sculpt.tasks import prepare_benchmark
 from llava_sculpt.tiny.world import write_raw_world
@@ -25,10 +25,12 @@ def prepare_tiny_world(root: Path, seed: int = 0) -> None:
     if marker.is_file() and json.loads(marker.read_text(encoding="utf-8")) == current:
         return
     print(f"generating the tiny world in {root}", flush=True)
-    shutil.rmtree(root, ignore_errors=True)
+    marker.unlink(missing_ok=True)
+    for name in PAPER_TASKS:
+        shutil.rmtree(root / name, ignore_errors=True)
     write_raw_world(root, seed)
-    for name, task in TASKS.items():
-        prepare_benchmark(name, root / "raw" / name, root / name, **task.tiny_options)
+    for name in PAPER_TASKS:
+        prepare_benchmark(name, root / "raw" / name, root / name, **TASKS[name].tiny_options)
     write_json(marker, current)
 
 

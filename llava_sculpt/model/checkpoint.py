@@ -147,7 +147,7 @@ def find_folder(name_or_path: str, fetch: list[str] | None = None) -> Path:
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
     if os.path.isabs(name_or_path) or name_or_path.startswith(".") or name_or_path.count("/") != 1:
-        raise UserError(f"{name_or_path}: no such folder (an adapter's base can be given with --base)")
+        raise UserError(f"no such folder: {name_or_path}")
     from huggingface_hub import snapshot_download
 
     try:
@@ -155,7 +155,4 @@ def find_folder(name_or_path: str, fetch: list[str] | None = None) -> Path:
     # The hub client raises its own, requests' and OS errors: whatever it is, the model is not to be had.
     except Exception as error:
         how = "that could be fetched from the Hub" if fetch else f"in the local cache (hf download {name_or_path})"
-        raise UserError(
-            f"{name_or_path}: neither a folder nor a model {how}: {str(error).splitlines()[0]}; "
-            "an adapter's base can be given with --base"
-        ) from error
+        raise UserError(f"{name_or_path}: neither a folder nor a model {how}: {str(error).splitlines()[0]}") from error

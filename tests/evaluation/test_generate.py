@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -132,7 +133,7 @@ def test_an_adapter_around_the_model_is_used(world, pictures):
         for name, parameter in adapted.named_parameters():
             if "lora_" in name:
                 parameter.data.mul_(20)
-        wrapped = type(world)(adapted, world.tokenizer, world.preprocessor)
+        wrapped = dataclasses.replace(world, model=adapted)
         after = answers(wrapped, pictures)
         assert after != before
         assert after == answers(wrapped, pictures, batch_size=1)

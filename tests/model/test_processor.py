@@ -44,9 +44,10 @@ def test_the_documented_lines(folder: Path, capsys: pytest.CaptureFixture[str]) 
     asked = [{"text": question, "image": f"{number}.png"} for number, question in enumerate(QUESTIONS)]
     [answers] = generate_answers(loaded.model, loaded.tokenizer, loaded.preprocessor, asked, folder, 2, 16)
     assert len(set(answers.values())) == 2 and all(answers.values())
-    settings = next(line for line in block.splitlines() if line.startswith("folder, file, question = "))
+    settings = "".join(line for line in block.splitlines(True) if line.startswith(("folder, file = ", "question = ")))
+    assert settings.count("\n") == 2 and settings in block
     for number, question in enumerate(QUESTIONS):
-        own = f"folder, file, question = {str(folder / 'model')!r}, {str(folder / f'{number}.png')!r}, {question!r}"
+        own = f"folder, file, question = {str(folder / 'model')!r}, {str(folder / f'{number}.png')!r}, {question!r}\n"
         names: dict[str, object] = {}
         # Later tokens of the random model are near-ties, which rounding decides between.
         exec(block.replace(settings, own).replace("max_new_tokens=128", "max_new_tokens=16"), names)

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from llava_sculpt.evaluation.score_files import score_files
-from llava_sculpt.evaluation.scorers import score_predictions
 from llava_sculpt.tasks import prepare_benchmark
 from llava_sculpt.tiny import draw
 from llava_sculpt.tiny.draw import draw_pretraining, draw_world
@@ -156,5 +155,5 @@ def test_score_takes_the_raw_files_as_it_takes_the_official_ones(small: None, tm
         if task == "coco":  # captions of val are in the file too, as in the official one
             assert found["n"] == len(ids)
         else:
-            expected = score_predictions(task, json.loads((out / "test_annotations.json").read_text()), pairs)
-            assert (found["score"], found["n"]) == (expected.score, expected.n)
+            expected = score_files(task, own, out / "test_annotations.json")
+            assert (found["score"], found["n"]) == (expected["score"], expected["n"])
