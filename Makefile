@@ -75,7 +75,7 @@ bench: setup  ## speed and memory as ratios against named baselines
 	$(BIN)/python benchmarks/evaluation.py
 
 tiny-model: setup  ## rebuild data/tiny_llava (about half an hour on two cores)
-	$(BIN)/python -m llava_sculpt.tiny.pretraining.run --out data/tiny_llava
+	$(BIN)/python -m llava_sculpt.tiny.pretraining.pretrain --out data/tiny_llava
 
 clean:  ## remove generated data, runs and caches (not .venv and .venv-llava)
 	rm -rf runs data/tiny build .pytest_cache .mypy_cache .ruff_cache .hypothesis

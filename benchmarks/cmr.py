@@ -30,13 +30,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from measurements import write_results
 from torch import Tensor
 
 from llava_sculpt.config import SculptConfig
 from llava_sculpt.model.lora import LoraPair
 from llava_sculpt.sculpt import Retention, conflict_penalty, prepared_penalty
 from llava_sculpt.train.regularizer import ConflictRegularizer
-from results import write_results
 
 Penalty = Callable[[Tensor, Tensor], Tensor]
 MIB = 2**20

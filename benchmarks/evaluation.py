@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measurements import write_results
 
 from llava_sculpt.artifacts.inference import Inference, load_for_inference
 from llava_sculpt.data.collator import left_pad
@@ -31,7 +32,6 @@ from llava_sculpt.evaluation.decode import Decoder, image_token_count
 from llava_sculpt.evaluation.generate import generate_answers
 from llava_sculpt.evaluation.run import Task, load_tasks
 from llava_sculpt.experiments.tiny_data import prepare_tiny_world
-from results import write_results
 
 ROOT = Path(__file__).parents[1]
 # (task, questions per 1,000, images): the shares of the official test sets (OCR-VQA: the random 2,000).

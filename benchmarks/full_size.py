@@ -33,13 +33,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from measurements import write_results
 from PIL import Image
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from llava_sculpt.errors import UserError
 from llava_sculpt.memory.parts import OUTSIDE_BYTES
 from llava_sculpt.memory.plan import read_checkpoint_config, run_plan
-from results import write_results
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "data" / "tiny_llava"

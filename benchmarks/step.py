@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measurements import write_results
 from peft import PeftModel
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -30,7 +31,6 @@ from llava_sculpt.model.load import load_base
 from llava_sculpt.model.lora import inject_lora, lora_pairs
 from llava_sculpt.sculpt import magnitude_mask
 from llava_sculpt.train.regularizer import ConflictRegularizer
-from results import write_results
 
 TINY = Path(__file__).parents[1] / "data" / "tiny_llava"
 

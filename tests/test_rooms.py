@@ -72,3 +72,12 @@ def test_deepspeed_is_known_to_one_module_and_the_method_to_torch_alone() -> Non
             assert file == PACKAGE / "train" / "zero.py"
         if file.parent.name == "sculpt":
             assert not any(name.split(".")[0] in ("transformers", "peft", "accelerate") for name in imported)
+
+
+# The same thing seen from two rooms: a data set and its scorer; LLaVA's train.py and trainer, here and patched.
+SHARED_NAMES = {"__init__.py", "gqa.py", "train.py", "trainer.py"}
+
+
+def test_no_two_modules_share_a_name() -> None:
+    names = [file.name for file in PACKAGE.rglob("*.py")]
+    assert {name for name in names if names.count(name) > 1} == SHARED_NAMES

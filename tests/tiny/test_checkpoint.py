@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from llava_sculpt.tiny.pretraining.model_card import model_card
+from llava_sculpt.tiny.pretraining.readme import model_card
 from llava_sculpt.tiny.pretraining.vocabulary import VOCABULARY, train_tokenizer
 
 FOLDER = Path(__file__).parents[2] / "data" / "tiny_llava"

@@ -17,7 +17,7 @@ from llava_sculpt.data.tokenizer import LlavaTokenizer
 from llava_sculpt.tasks.questions import SHORT_ANSWER
 from llava_sculpt.tiny.pretraining.language import answer_logits, exact_match
 from llava_sculpt.tiny.pretraining.packing import Packer
-from llava_sculpt.tiny.pretraining.run import MEAN, STD, new_model, write_preprocessor
+from llava_sculpt.tiny.pretraining.pretrain import MEAN, STD, new_model, write_preprocessor
 from llava_sculpt.tiny.pretraining.tower import normalise, patch_features, pictures_and_tags
 from llava_sculpt.tiny.pretraining.vocabulary import write_tokenizer
 from llava_sculpt.tiny.scenes import encoded

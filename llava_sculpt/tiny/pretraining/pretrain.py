@@ -17,8 +17,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from llava_sculpt.data.tokenizer import LlavaTokenizer
 from llava_sculpt.tiny.draw import draw_pretraining, draw_world
 from llava_sculpt.tiny.pretraining.language import exact_match, train_language
-from llava_sculpt.tiny.pretraining.model_card import model_card
 from llava_sculpt.tiny.pretraining.packing import Packer
+from llava_sculpt.tiny.pretraining.readme import model_card
 from llava_sculpt.tiny.pretraining.tower import normalise, patch_features, pictures_and_tags, train_tower
 from llava_sculpt.tiny.pretraining.vocabulary import VOCABULARY, write_tokenizer
 from llava_sculpt.tiny.scenes import GRID, PATCH, SIZE, Scene
@@ -156,7 +156,7 @@ def pretrain(out: Path, seed: int, threads: int, tower_steps: int, language_step
 
 
 def main() -> None:
-    """`python -m llava_sculpt.tiny.pretraining.run --out data/tiny_llava`."""
+    """`python -m llava_sculpt.tiny.pretraining.pretrain --out data/tiny_llava`."""
     parser = argparse.ArgumentParser(description="Pretrain the tiny LLaVA on CPU.")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)

@@ -16,7 +16,7 @@ A LLaVA-1.5 in miniature ({recipe["parameters"]:,} parameters, 48 x 48 pictures,
 trying LoRASculpt on a laptop. It knows the tiny world of `llava_sculpt/tiny/` and nothing else.
 
 - Layout: Hugging Face `LlavaForConditionalGeneration`, float16 weights, SentencePiece Llama tokenizer.
-- Rebuild ({recipe["minutes"]} minutes on the machine that made it): `python -m llava_sculpt.tiny.pretraining.run
+- Rebuild ({recipe["minutes"]} minutes on the machine that made it): `python -m llava_sculpt.tiny.pretraining.pretrain
   --out data/tiny_llava --seed {recipe["seed"]} --threads {recipe["threads"]}`. The same seed, thread count,
   kind of machine and package versions give the same file.
 - Recipe: the CLIP tower learns to name what each patch shows ({recipe["tower_steps"]} steps) and is frozen;
