@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from llava_sculpt.config import parse_config
+from llava_sculpt.config_reader import parse_config
 from llava_sculpt.errors import UserError
 from llava_sculpt.experiments.grid import method_values, read_grid, read_mapping
 from llava_sculpt.names import SCALES, TARGETS

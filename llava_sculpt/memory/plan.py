@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava_sculpt.config import Config, parse_config
+from llava_sculpt.config import Config
+from llava_sculpt.config_reader import parse_config
 from llava_sculpt.data.dataset import LlavaDataset, read_training_file
 from llava_sculpt.data.images import ImagePreprocessor
 from llava_sculpt.data.tokenizer import LlavaTokenizer

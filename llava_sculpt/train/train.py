@@ -28,7 +28,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from llava_sculpt.artifacts.open import open_checkpoint
-from llava_sculpt.config import Config, help_text, parse_config
+from llava_sculpt.config import Config
+from llava_sculpt.config_reader import help_text, parse_config
 from llava_sculpt.data.collator import TrainCollator
 from llava_sculpt.data.dataset import LlavaDataset, validate_dataset
 from llava_sculpt.data.images import ImagePreprocessor

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llava_sculpt.cli import main
-from llava_sculpt.config import parse_config
+from llava_sculpt.config_reader import parse_config
 from llava_sculpt.experiments import finetune
 from llava_sculpt.experiments.grid import read_mapping
 from llava_sculpt.names import TRAINED, config_file

@@ -25,7 +25,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
 from llava_sculpt.cli import main
-from llava_sculpt.config import SculptConfig, parse_config
+from llava_sculpt.config import SculptConfig
+from llava_sculpt.config_reader import parse_config
 from llava_sculpt.errors import UserError
 from llava_sculpt.memory.parts import (
     Architecture,
