@@ -16,7 +16,7 @@ from llava_sculpt.errors import UserError
 from llava_sculpt.model import shards
 from llava_sculpt.model.adapter import check_base
 from llava_sculpt.model.checkpoint import BaseCheckpoint, find_base_checkpoint
-from tests.model.test_rewrite import as_published, in_three_shards, pickled
+from tests.artifacts.test_rewrite import as_published, in_three_shards, pickled
 
 EMBEDDING = "language_model.model.embed_tokens.weight"
 
