@@ -99,7 +99,7 @@ class TextVQA(Scorer):
     def identify(
         self, gold: Gold, found: Sequence[tuple[str, QuestionId, Any]], path: Path, problems: Problems
     ) -> tuple[list[QuestionId], Gold]:
-        """LLaVA's question files have the image id as question id: told apart by the question, in lower case.
+        """LLaVA's question files have the image id as question id; the question, in lower case, distinguishes them.
 
         LLaVA's evaluator compares all questions with the same image and text with the last of them: so does the
         returned gold, and their ids are given out one after the other.
