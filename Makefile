@@ -9,7 +9,7 @@ LLAVA := .venv-llava/bin
 # Test files go to two processes, one thread each: more threads than cores make torch many times slower.
 JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
-SIDE_BY_SIDE := -n $(JOBS) --dist loadfile
+SIDE_BY_SIDE := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 QUICK := tests/test_rooms.py tests/data tests/methods tests/sculpt tests/tasks --ignore=tests/sculpt/test_partitioned.py
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev demo check test test-slow test-all test-gpu parity lint bench tiny-model clean

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from tests.runs import Train
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 FIXTURES = Path(__file__).parent / "data" / "fixtures"
+LONGEST = ["test_engines.py", "test_runner.py", "test_processes.py", "test_docs.py", "test_model_card.py"]
 
 torch.set_num_threads(1)
 
@@ -34,7 +36,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hide all GPUs, or all but one; nothing has asked for them yet."""
+    """Hide all GPUs, or all but one; nothing has asked for them yet. Undo a shell's `&`, which ignores ctrl-C."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if not config.option.gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         return
@@ -45,7 +49,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What runs beside the original LLaVA package is slow, like the making of that package's environment."""
+    """What runs beside the original LLaVA package is slow, like the making of that package's environment.
+
+    The longest files come first, so that two processes end together.
+    """
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     for item in items:
         if "llava_python" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slow)
