@@ -11,6 +11,7 @@ matrix after the other, and nothing is kept. The value is read afterwards. Not s
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
@@ -106,7 +107,7 @@ class ConflictRegularizer(Regularizer):
         super().__init__(sums)
 
 
-class _Sum:
+class _Sum(ABC):
     """A sum (or mean) of one term per matrix, computed in backward: process k of N takes every N-th matrix from the
     k-th on, weighted by N.
 
@@ -128,13 +129,13 @@ class _Sum:
         """Whether each process holds only pieces of A, B and W (ZeRO-3)."""
         return is_partitioned(self.pairs[0].lora_A)
 
+    @abstractmethod
     def of_matrix(self, pair: LoraPair) -> Sequence[torch.Tensor]:
         """Value, gradient in A (r, q), gradient in B (p, r) of one matrix's term."""
-        raise NotImplementedError
 
+    @abstractmethod
     def of_pieces(self) -> torch.Tensor:
         """The undivided sum, differentiable in every A and B, where they lie in pieces. Collective."""
-        raise NotImplementedError
 
     def __call__(self) -> torch.Tensor:
         if self.in_pieces:

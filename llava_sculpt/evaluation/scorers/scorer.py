@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -35,7 +36,7 @@ class Score:
     extra: dict[str, float] = field(default_factory=dict)
 
 
-class Scorer:
+class Scorer(ABC):
     """One benchmark: how its files are read and its answers are compared. The methods here are what most have.
 
     Attributes:
@@ -50,12 +51,12 @@ class Scorer:
     def __init__(self, task: str) -> None:
         self.task = task
 
+    @abstractmethod
     def read_gold(self, path: Path, problems: Problems, seen: Seen, answer_style: str) -> Gold:
         """Gold answers of the official annotation file, our `test_annotations.json`, or what the paper's authors use.
 
         What is wrong with a record goes to `problems`; of records with one id the last counts if `seen` is None.
         """
-        raise NotImplementedError
 
     def read_questions(self, path: Path) -> list[tuple[str, dict[str, Any]]]:
         """(place in the file, record) of every question of a question file: LLaVA's JSON lines, or the official .json.
@@ -93,6 +94,7 @@ class Scorer:
                 items[item] = gold[question_id]
         return items, renamed
 
+    @abstractmethod
     def score(self, gold: Gold, pairs: Pairs, variant: str, tokenizer: str | None) -> Score:
         """The official score.
 
@@ -103,7 +105,6 @@ class Scorer:
         Raises:
             UserError: missing, duplicate or unknown ids.
         """
-        raise NotImplementedError
 
 
 def numbered(question_id: QuestionId, number: int) -> QuestionId:
