@@ -37,7 +37,7 @@ $(BIN)/.ready-dev: $(BIN)/.ready
 demo: setup  ## zero-shot, LoRA and LoRASculpt on tiny IconQA
 	bash scripts/demo.sh
 
-check: lint  ## while working: lint, types and the quickest tests (a minute on two cores)
+check: lint  ## while working: lint, types and the quickest tests (80 s on two cores)
 	$(PYTEST) $(SIDE_BY_SIDE) $(QUICK)
 
 test: setup-dev  ## the fast tests (at most 10 minutes on two cores)
