@@ -1,4 +1,4 @@
-"""Files that are never seen half written, JSON that names its errors, hashes and versions."""
+"""Files that are never seen half written, JSON that names its errors and is checked, hashes and versions."""
 
 from __future__ import annotations
 
@@ -6,26 +6,37 @@ import hashlib
 import json
 import os
 import platform
+import stat
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
 import llava_sculpt
 from llava_sculpt.errors import UserError
 
+T = TypeVar("T")
+WRITING = ".writing"  # ends the name of every file that is not whole yet
 _PACKAGES = (
     "torch transformers peft accelerate safetensors sentencepiece pillow deepspeed bitsandbytes pycocoevalcap".split()
 )
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside `path` and rename, so that `path` is never half written."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+@contextmanager
+def written_aside(path: Path) -> Iterator[BinaryIO]:
+    """A new file beside `path` to write into; renamed to `path` at the end, deleted after an error.
+
+    So `path` is never half written, and no link that waits under the other name is followed. What a kill leaves is
+    found by `locks.remove_leftovers`.
+    """
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=WRITING)
     try:
         with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
+            yield stream
         # mkstemp makes private files; a record should be as readable as any other file of the user.
         umask = os.umask(0)
         os.umask(umask)
@@ -36,13 +47,31 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise
 
 
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write beside `path` and rename, so that `path` is never half written."""
+    with written_aside(path) as stream:
+        stream.write(content)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON with sorted keys, atomically; what JSON does not know becomes a string."""
     write_atomically(path, (json.dumps(value, indent=2, sort_keys=True, default=str) + "\n").encode())
 
 
+def check_regular(path: Path) -> None:
+    """Refuse what can be opened but is no file with an end: a pipe would be waited for, a device read for ever.
+
+    Raises:
+        UserError: a folder, pipe, device or socket. (A missing file is left to who opens it.)
+    """
+    with suppress(OSError):
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise UserError(f"{path}: {'a folder' if path.is_dir() else 'a pipe or device'}, not a file")
+
+
 def read_text(path: Path) -> str:
-    """The UTF-8 text of a file. UserError naming the file if it is missing or cannot be read."""
+    """The UTF-8 text of a file. UserError naming the file if it is missing, no regular file, or cannot be read."""
+    check_regular(path)
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
@@ -78,6 +107,53 @@ def read_object(path: Path, missing: str | None = None) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path}: should hold a JSON object, found {type(value).__name__}")
     return value
+
+
+def checked(value: Any, kind: type[T], source: str | Path) -> T:
+    """`value` itself, which must be what `kind` says: a TypedDict, or any other type that pydantic knows.
+
+    Types are taken strictly (1 is a float, "1" and True are not); keys that a TypedDict does not name may be there.
+
+    Raises:
+        UserError: every field that is missing or wrong, behind the name of the source.
+    """
+    from pydantic import ValidationError
+
+    try:
+        adapter: Any = _adapter(kind)  # type: ignore[arg-type]  # a class is hashable
+        adapter.validate_python(value, strict=True)
+    except ValidationError as error:
+        problems = {
+            ": ".join([str(source), *filter(None, [".".join(map(str, found["loc"]))]), _problem(found)]): None
+            for found in error.errors(include_url=False)
+        }
+        raise UserError(problems) from error
+    checked_value: T = value
+    return checked_value
+
+
+@lru_cache
+def _adapter(kind: Any) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
+
+
+def _problem(found: Any) -> str:
+    if found["type"] == "missing":
+        return "is missing"
+    shown = repr(found["input"])
+    message = found["msg"][:1].lower() + found["msg"][1:]
+    return f"{message}, found {shown if len(shown) < 60 else shown[:57] + '...'}"
+
+
+def read_checked(path: Path, kind: type[T], missing: str | None = None) -> T:
+    """The JSON object in a file, as `checked`.
+
+    Raises:
+        UserError: as `read_object` and `checked`.
+    """
+    return checked(read_object(path, missing), kind, path)
 
 
 def file_sha256(path: str | Path) -> str:

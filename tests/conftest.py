@@ -33,6 +33,8 @@ torch.set_num_threads(1)
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gpu", action="store_true", help="the fast tests marked gpu, on one GPU; all others use the CPU")
     parser.addoption("--complete", action="store_true", help="fail if a test is skipped that does not need a GPU")
+    parser.addoption("--attack-seconds", type=float, default=8, help="for each test of tests/attack/ (default 8)")
+    parser.addoption("--attack-from", type=int, default=0, help="number of the first attack: repeat a failed one")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -72,7 +74,11 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """One line: what was skipped, and why."""
+    """Two lines: how many attacks were tried; what was skipped, and why."""
+    reports = [report for found in terminalreporter.stats.values() for report in found]
+    tries = sum(n for report in reports for key, n in getattr(report, "user_properties", ()) if key == "tries")
+    if tries:
+        terminalreporter.write_line(f"attacks tried: {tries:,}")
     reasons = skip_reasons(terminalreporter.config)
     if reasons:
         line = "skipped: " + "; ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
