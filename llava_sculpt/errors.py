@@ -13,5 +13,12 @@ class UserError(Exception):
     """
 
     def __init__(self, problems: str | Iterable[str]) -> None:
-        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        found = [problems] if isinstance(problems, str) else problems
+        # JSON may hold halves of characters, which can be printed nowhere.
+        self.problems = [problem.encode(errors="backslashreplace").decode() for problem in found]
         super().__init__("\n".join(self.problems))
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's exception says, in one line."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -17,6 +17,7 @@ import pytest
 from safetensors.torch import load_file
 
 from llava_sculpt.model.files import ADAPTER_FILE, CONNECTOR_FILE, MASKS_FILE, RUN_FILE
+from llava_sculpt.model.whole import seal_run
 
 Train = Callable[..., int]
 ROOT = Path(__file__).parents[1]
@@ -82,6 +83,13 @@ def log_of(folder: Path) -> list[dict[str, float]]:
 
 def same_files(a: Path, b: Path, names: tuple[str, ...] = (ADAPTER_FILE, CONNECTOR_FILE, MASKS_FILE)) -> bool:
     return all((a / name).read_bytes() == (b / name).read_bytes() for name in names)
+
+
+def changed(folder: Path) -> Path:
+    """A run folder whose files were changed, with a run.json that says so."""
+    run = json.loads((folder / RUN_FILE).read_text())
+    seal_run(folder, run)
+    return folder
 
 
 def cut_off_after(step: int, whole: Path, folder: Path) -> Path:

@@ -12,7 +12,7 @@ BELOW = {
     "sculpt": set(),
     "data": {"errors", "records"},
     "methods": {"sculpt"},
-    "model": {"errors", "locks", "records", "data", "sculpt"},
+    "model": {"errors", "locks", "names", "records", "data", "sculpt"},
     "artifacts": {"errors", "locks", "names", "records", "data", "sculpt", "methods", "model"},
     "memory": {"errors", "names", "records", "config", "config_reader", "data", "model"},
     "tasks": {"errors", "locks", "names", "records", "data"},

@@ -2,26 +2,36 @@
 
 Layout (safetensors, `"format_version": "llava_sculpt.delta.v1"`): for every adapted weight NAME (in-memory name) the
 support of BA as `NAME.kept` (coded as in sparse.py) and scaling BA on it as `NAME.values`; the trained connector whole
-as `replace:NAME`; metadata `shapes` (JSON), `base` (path and fingerprint, JSON), `versions` (JSON).
+as `replace:NAME`; metadata `shapes` (JSON), `base` (path and fingerprint, JSON), `versions` (JSON),
+`sha256` of all the rest (`sparse.content_sha256`).
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
 
 from llava_sculpt.artifacts.merge import bits, open_adapter
-from llava_sculpt.artifacts.sparse import pack_mask, read_with_metadata, unpack_mask
-from llava_sculpt.artifacts.writing import in_memory, write_export
+from llava_sculpt.artifacts.sparse import (
+    Shapes,
+    content_sha256,
+    metadata_value,
+    pack_mask,
+    read_with_metadata,
+    unpack_mask,
+)
+from llava_sculpt.artifacts.writing import check_no_file, in_memory, write_export
 from llava_sculpt.errors import UserError
 from llava_sculpt.model.shards import Stored
 from llava_sculpt.records import versions
 
 VERSION = "llava_sculpt.delta.v1"
 _REPLACE = "replace:"
+_Base = dict[Literal["path", "fingerprint"], str]
 
 
 def export_delta(folder: Path, file: Path, base: str | None = None, dtype: torch.dtype | None = None) -> dict[str, int]:
@@ -37,8 +47,7 @@ def export_delta(folder: Path, file: Path, base: str | None = None, dtype: torch
     Raises:
         UserError: DoRA (its change is dense), or what merging would refuse; `file` exists or cannot be written.
     """
-    if file.exists():
-        raise UserError(f"{file}: exists; choose another name")
+    check_no_file(file)
     checkpoint, updates, connector = open_adapter(folder, base)
     if any(update.magnitude is not None for update in updates.values()):
         raise UserError(f"{folder}: DoRA changes every entry of a weight, so there is no sparse delta; merge it")
@@ -62,7 +71,7 @@ def export_delta(folder: Path, file: Path, base: str | None = None, dtype: torch
         "base": json.dumps({"path": base or str(checkpoint.path), "fingerprint": checkpoint.fingerprint()}),
         "versions": json.dumps(versions()),
     }
-    write_export(file, stored, metadata)
+    write_export(file, stored, metadata | {"sha256": content_sha256(metadata, stored)})
     return {"entries": sum(torch.Size(update.shape).numel() for update in updates.values()), "support": support}
 
 
@@ -105,11 +114,11 @@ class SparseDelta:
             UserError: missing, damaged, or another kind of file.
         """
         metadata, tensors = read_with_metadata(Path(file), VERSION)
-        shapes = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
-        delta = cls(json.loads(metadata["base"]), shapes, tensors)
+        shapes = {name: tuple(shape) for name, shape in metadata_value(metadata, "shapes", Shapes, Path(file)).items()}
+        delta = cls(metadata_value(metadata, "base", _Base, Path(file)), shapes, tensors)
         try:
             for name in shapes:
-                if int(delta._mask(name).sum()) != tensors[f"{name}.values"].numel():
+                if tensors[f"{name}.values"].shape != (int(delta._mask(name).sum()),):
                     raise ValueError(f"{name}: as many values as kept entries are needed")
         except (KeyError, ValueError) as error:
             raise UserError(f"{file}: damaged ({error})") from error

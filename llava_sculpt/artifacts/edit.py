@@ -17,8 +17,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
-from llava_sculpt.model.adapter import read_run
 from llava_sculpt.model.files import ADAPTER_FILE
+from llava_sculpt.model.whole import read_run
 from llava_sculpt.records import file_sha256, versions, write_json
 
 EDIT_FILE = "edit.json"

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from llava_sculpt.artifacts.writing import copy_files, in_shards, write_folder
 from llava_sculpt.data.tokenizer import LlavaTokenizer
 from llava_sculpt.errors import UserError
+from llava_sculpt.model.base_config import check_llava_config
 from llava_sculpt.model.checkpoint import TOWER_FOLDER, find_folder, read_config
+from llava_sculpt.model.expected import expected_shapes, key_problems
 from llava_sculpt.model.layout import (
     EMBEDDING,
     HEAD,
@@ -30,30 +32,6 @@ from llava_sculpt.records import write_json
 ROWS_FILE = "hf_rows.safetensors"  # what `convert --to original` keeps of <image> and <pad>, unread by the original
 
 
-def expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shape of every weight of the model a Hugging Face config.json describes, by in-memory name; none twice."""
-    from transformers import LlavaConfig, LlavaForConditionalGeneration
-
-    with torch.device("meta"):
-        model = LlavaForConditionalGeneration(LlavaConfig.from_dict(config))
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    if is_tied(config):
-        shapes.pop(HEAD, None)
-    return shapes
-
-
-def key_problems(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], source: Path) -> list[str]:
-    """Every missing and unexpected weight and every wrong shape, by in-memory name."""
-    problems = [f"{source}: weight {name} is missing" for name in sorted(expected.keys() - found.keys())]
-    problems += [f"{source}: unexpected weight {name}" for name in sorted(found.keys() - expected.keys())]
-    problems += [
-        f"{source}: weight {name} is {list(found[name])}, config.json says {list(expected[name])}"
-        for name in sorted(found.keys() & expected.keys())
-        if found[name] != expected[name]
-    ]
-    return problems
-
-
 def find_tower(original: Path, named: str) -> Path:
     """Folder of the CLIP model that `mm_vision_tower` names: that folder, `vision_tower/` of the checkpoint, the Hub.
 
@@ -61,7 +39,7 @@ def find_tower(original: Path, named: str) -> Path:
         UserError: none of these.
     """
     for folder in (Path(named), original / TOWER_FOLDER):
-        if (folder / "config.json").is_file():
+        if os.path.isfile(folder / "config.json"):
             return folder
     small = ["config.json", "preprocessor_config.json"]
     try:
@@ -102,6 +80,7 @@ def convert_to_hf(source: Path, out: Path) -> None:
     if problems:
         raise UserError(problems)
     config = hf_config(original, read_config(tower))
+    check_llava_config(config, source / "config.json")
     pieces = LlavaTokenizer.from_dir(source).vocab_size
     if pieces != original["vocab_size"]:
         raise UserError(

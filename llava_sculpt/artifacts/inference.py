@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,12 @@ from torch import nn
 from llava_sculpt.artifacts.open import open_base_of, open_checkpoint
 from llava_sculpt.data.images import ImagePreprocessor
 from llava_sculpt.data.tokenizer import LlavaTokenizer
-from llava_sculpt.errors import UserError
-from llava_sculpt.model.adapter import load_adapter
+from llava_sculpt.model.adapter import load_adapter, read_adapter
 from llava_sculpt.model.checkpoint import BaseCheckpoint
 from llava_sculpt.model.files import ADAPTER_CONFIG, ADAPTER_FILE, CONNECTOR_FILE, RUN_FILE
 from llava_sculpt.model.load import load_base
 from llava_sculpt.model.lora import lora_pairs
+from llava_sculpt.model.whole import check_whole
 from llava_sculpt.records import file_sha256
 
 
@@ -55,13 +56,14 @@ def load_for_inference(path: str, *, base: str | None = None, dtype: torch.dtype
     """
     dtype = dtype or (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
     folder = Path(path)
-    is_adapter = (folder / ADAPTER_CONFIG).is_file()
-    if not is_adapter and (folder / RUN_FILE).is_file():
-        raise UserError(f"{path}: this run has not finished: run the same training command again to continue it")
+    is_adapter = os.path.isfile(folder / ADAPTER_CONFIG)
+    if not is_adapter and os.path.isfile(folder / RUN_FILE):  # of a training that has not come to its end
+        check_whole(folder)
+    saved = read_adapter(folder) if is_adapter else None
     checkpoint = open_base_of(folder, base) if is_adapter else open_checkpoint(path)
     model: nn.Module = load_base(checkpoint, dtype)
-    if is_adapter:
-        model = load_adapter(model, folder, checkpoint)
+    if saved is not None:
+        model = load_adapter(model, saved, checkpoint)
         if dtype == torch.float32 and any(pair.magnitude is not None for pair in lora_pairs(model)):
             # PEFT takes the norms of W + BA anew for every token; merged in float32 the model answers the same.
             model.merge_adapter()

@@ -5,11 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llava_sculpt.model.adapter import read_adapter_config
-from llava_sculpt.model.files import ADAPTER_FILE, MASKS_FILE, read_tensors
+from llava_sculpt.model.adapter import read_adapter
 from llava_sculpt.sculpt import density, expected_density, product_density
-
-_PREFIX = "base_model.model."
 
 
 def inspect_adapter(folder: Path) -> dict[str, Any]:
@@ -21,18 +18,16 @@ def inspect_adapter(folder: Path) -> dict[str, Any]:
         `off_mask_nonzero`: entries that should be 0 and are not (None without a mask file).
 
     Raises:
-        UserError: not an adapter folder, or a damaged file.
+        UserError: as `read_adapter`.
     """
-    read_adapter_config(folder)
-    tensors = read_tensors(folder / ADAPTER_FILE)
+    saved = read_adapter(folder)
     modules = []
-    for key_A in sorted((k for k in tensors if k.endswith(".lora_A.weight")), key=_natural):
-        name = key_A.removesuffix(".lora_A.weight")
-        lora_A, lora_B = tensors[key_A], tensors[f"{name}.lora_B.weight"]
+    for name in sorted(saved.layers, key=_natural):
+        lora_A, lora_B = saved.layers[name].lora_A, saved.layers[name].lora_B
         rank, columns = lora_A.shape
         modules.append(
             {
-                "name": name.removeprefix(_PREFIX),
+                "name": name,
                 "shape": [lora_B.shape[0], columns],
                 "rank": rank,
                 "density_A": density(lora_A),
@@ -41,8 +36,9 @@ def inspect_adapter(folder: Path) -> dict[str, Any]:
                 "expected_BA": expected_density(density(lora_B), density(lora_A), rank),
             }
         )
-    masks = read_tensors(folder / MASKS_FILE, optional=True)
-    off_mask = sum(int(tensors[k].masked_select(~m).count_nonzero()) for k, m in masks.items()) if masks else None
+    off_mask = None
+    if saved.masks:
+        off_mask = sum(int(saved.tensors[k].masked_select(~m).count_nonzero()) for k, m in saved.masks.items())
     return {"adapter": str(folder), "modules": modules, "total": _total(modules), "off_mask_nonzero": off_mask}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,9 @@ import torch
 from llava_sculpt.artifacts.open import open_base_of
 from llava_sculpt.artifacts.writing import LLAVA_FILES, SIDE_FILES, check_new, copy_files, write_folder
 from llava_sculpt.errors import UserError
-from llava_sculpt.model.adapter import changes_anything, check_base, read_adapter_config
+from llava_sculpt.model.adapter import check_base, check_changes, read_adapter
 from llava_sculpt.model.checkpoint import BaseCheckpoint
-from llava_sculpt.model.files import ADAPTER_CONFIG, ADAPTER_FILE, CONNECTOR_FILE, read_tensors
+from llava_sculpt.model.files import ADAPTER_CONFIG, ADAPTER_FILE
 from llava_sculpt.model.layout import LANGUAGE, PROJECTOR, memory_name
 from llava_sculpt.model.processor import write_processor
 from llava_sculpt.model.shards import Stored, model_tensors, stored_tensors, weight_files
@@ -85,9 +84,9 @@ def config_with_dtype(config: dict[str, Any], dtype: torch.dtype | None) -> dict
     """A copy of a config.json that names `dtype`, in whichever of its two spellings (and parts) it names one."""
     copied: dict[str, Any] = json.loads(json.dumps(config))
     if dtype is not None:
-        for part in (copied, copied.get("text_config", {}), copied.get("vision_config", {})):
+        for part in (copied, copied.get("text_config"), copied.get("vision_config")):
             for key in ("dtype", "torch_dtype"):
-                if key in part:
+                if isinstance(part, dict) and key in part:
                     part[key] = str(dtype).removeprefix("torch.")
     return copied
 
@@ -137,46 +136,18 @@ def weight_updates(folder: Path) -> tuple[dict[str, WeightUpdate], dict[str, tor
         Updates by in-memory name of the weight, and the connector's trained weights, which replace the base's.
 
     Raises:
-        UserError: not a LoRA adapter, settings that change more than these, missing or odd tensors, a no-op.
+        UserError: as `read_adapter`; ranks or scales that differ between modules; a no-op.
     """
-    config = read_adapter_config(folder)
-    problems = [
-        f"{folder / ADAPTER_CONFIG}: {key} is {config[key]!r}, only {' or '.join(map(repr, known))} can be merged"
-        for key, known in (
-            ("peft_type", ("LORA",)),
-            ("bias", ("none",)),
-            ("fan_in_fan_out", (False,)),
-            ("rank_pattern", ({}, None)),
-            ("alpha_pattern", ({}, None)),
-            ("modules_to_save", (None,)),
-            ("layer_replication", (None,)),
-        )
-        if key in config and config[key] not in known
-    ]
-    tensors = read_tensors(folder / ADAPTER_FILE)
-    updates = {}
-    taken = set()
-    rank = int(config.get("r", 0))
-    for key_A in (key for key in tensors if key.endswith(".lora_A.weight")):
-        module = key_A.removesuffix(".lora_A.weight")
-        key_B, key_m = f"{module}.lora_B.weight", f"{module}.lora_magnitude_vector"
-        lora_A, lora_B = tensors[key_A], tensors.get(key_B)
-        if lora_B is None or lora_A.shape[0] != rank or lora_B.shape[1] != rank:
-            problems.append(f"{folder / ADAPTER_FILE}: {module}: no pair of A (r, q) and B (p, r) with r = {rank}")
-            continue
-        scaling = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        magnitude = tensors.get(key_m)
-        if config.get("use_dora") and magnitude is None:
-            problems.append(f"{folder / ADAPTER_FILE}: {key_m} is missing (use_dora)")
-        updates[f"{module.removeprefix('base_model.model.')}.weight"] = WeightUpdate(lora_A, lora_B, scaling, magnitude)
-        taken |= {key_A, key_B, key_m}
-    problems += [f"{folder / ADAPTER_FILE}: unexpected tensor {key}" for key in sorted(tensors.keys() - taken)]
-    connector = read_tensors(folder / CONNECTOR_FILE, optional=True)
-    if not problems and not connector and not changes_anything(tensors):
-        problems.append(f"{folder / ADAPTER_FILE}: changes nothing: lora_B is zero everywhere (never trained?)")
-    if problems:
-        raise UserError(problems)
-    return updates, connector
+    saved = read_adapter(folder)
+    patterns = [key for key in ("rank_pattern", "alpha_pattern") if saved.config.get(key)]
+    if patterns:
+        raise UserError([f"{folder / ADAPTER_CONFIG}: {key} cannot be merged" for key in patterns])
+    check_changes(saved)
+    updates = {
+        f"{name}.weight": WeightUpdate(layer.lora_A, layer.lora_B, layer.scaling, layer.magnitude)
+        for name, layer in saved.layers.items()
+    }
+    return updates, saved.connector
 
 
 def open_adapter(

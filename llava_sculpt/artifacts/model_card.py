@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,8 +13,9 @@ from typing import Any
 from huggingface_hub import EvalResult, HfApi, ModelCardData
 
 from llava_sculpt.artifacts.inspect import inspect_adapter
-from llava_sculpt.model.adapter import find_upwards, read_run
+from llava_sculpt.model.adapter import find_upwards
 from llava_sculpt.model.files import CONNECTOR_FILE, MASKS_FILE
+from llava_sculpt.model.whole import read_run
 from llava_sculpt.names import METHODS
 from llava_sculpt.records import write_atomically
 
@@ -47,7 +50,7 @@ def write_model_card(folder: Path, results: Mapping[str, Any] | None = None, sco
     config, method = run["config"], METHODS[run["config"]["method"]]
     place, base = _portable(config["output_dir"]), _portable(run["base"]["path"])
     shown = [key for key in _SHOWN if config["method"] == "sculpt" or not key.startswith("sculpt_")] + [*method.fields]
-    settings = "\n".join(f"| {key} | {config[key]} |" for key in shown)
+    settings = "\n".join(f"| {key} | {_plain(config[key])} |" for key in shown if key in config)
     density = ""
     if (folder / MASKS_FILE).is_file():
         total = inspect_adapter(folder)["total"]
@@ -58,47 +61,46 @@ def write_model_card(folder: Path, results: Mapping[str, Any] | None = None, sco
     connector = ""
     if (folder / CONNECTOR_FILE).is_file():
         connector = (
-            f'connector = load_file(f"{{folder}}/{CONNECTOR_FILE}")\n'
-            "assert not model.get_base_model().load_state_dict(connector, strict=False).unexpected_keys\n"
+            f'\nconnector = load_file(f"{{folder}}/{CONNECTOR_FILE}")\n'
+            "assert not model.get_base_model().load_state_dict(connector, strict=False).unexpected_keys"
         )
+    snippet = f"""import torch
+from peft import PeftModel
+{"from safetensors.torch import load_file" + chr(10) if connector else ""}\
+from transformers import LlavaForConditionalGeneration
+
+folder = {json.dumps(place)}  # where these files are
+model = LlavaForConditionalGeneration.from_pretrained({json.dumps(base)}, dtype=torch.bfloat16)
+model = PeftModel.from_pretrained(model, folder).eval(){connector}"""
+    word = shlex.quote(place)
+    commands = f"""{_training_command(run)}
+llava-sculpt eval --model {word} --tasks all
+llava-sculpt inspect {word}
+llava-sculpt merge {word} --out {shlex.quote(place + "-merged")}"""
     text = f"""---
 {_metadata(folder, run["base"]["path"], results).to_yaml()}
 ---
-# {method.label} adapter, rank {config["lora_r"]}, on {Path(run["data"]["path"]).parent.name}
+# {method.label} adapter, rank {config["lora_r"]}, on {_plain(Path(run["data"]["path"]).parent.name)}
 
 {run["data"]["samples"]:,} training samples, {run["steps"]:,} optimizer steps of {run["global_batch_size"]},
-base model `{base}` (fingerprint `{run["base"]["fingerprint"][:16]}`).
+base model {_code(base)} (fingerprint {_code(run["base"]["fingerprint"][:16])}).
 {density}
 ## Scores
 
-{f"```{chr(10)}{scores}{chr(10)}```" if scores else "Not evaluated yet."}
+{_block("", scores) if scores else "Not evaluated yet."}
 
 ## Use
 
 With transformers and peft:
 
-```python
-import torch
-from peft import PeftModel
-{"from safetensors.torch import load_file" + chr(10) if connector else ""}\
-from transformers import LlavaForConditionalGeneration
-
-folder = "{place}"  # where these files are
-model = LlavaForConditionalGeneration.from_pretrained("{base}", dtype=torch.bfloat16)
-model = PeftModel.from_pretrained(model, folder).eval()
-{connector}```
+{_block("python", snippet)}
 
 A base in the layout of LLaVA's own package loads with `load_for_inference(folder)` from
 `llava_sculpt.artifacts.inference`, which also checks that it is the base trained on.
 
 ## Commands
 
-```bash
-{_training_command(run)}
-llava-sculpt eval --model {place} --tasks all
-llava-sculpt inspect {place}
-llava-sculpt merge {place} --out {place}-merged
-```
+{_block("bash", commands)}
 
 ## Training
 
@@ -106,17 +108,17 @@ llava-sculpt merge {place} --out {place}-merged
 |---|---|
 {settings}
 
-Versions: {", ".join(f"{k} {v}" for k, v in run["versions"].items())}.
+Versions: {_plain(", ".join(f"{k} {v}" for k, v in run["versions"].items()))}.
 
 The base model and the training data have licences of their own, which this adapter is bound by as well.
 """
-    write_atomically(folder / _CARD, text.encode())
+    write_atomically(folder / _CARD, text.encode(errors="replace"))
 
 
 def upload_results(folder: Path) -> None:
     """Put card, scores and figure of a run beside the adapter that `--push_to_hub` has uploaded; else do nothing."""
     config = read_run(folder)["config"]
-    if config["push_to_hub"]:
+    if config.get("push_to_hub"):
         api = HfApi()
         name = config["hub_model_id"] or folder.absolute().name
         repository = api.create_repo(name, exist_ok=True).repo_id
@@ -167,7 +169,7 @@ def _metadata(folder: Path, base: str, results: Mapping[str, Any] | None) -> Mod
 
 def _training_command(run: Mapping[str, Any]) -> str:
     """The command of run.json with the launcher it needs, without paths of this machine and the launcher's own flag."""
-    words = [word for word in shlex.split(run["command"]) if not word.startswith("--local_rank")]
+    words = [word for word in shlex.split(run.get("command", "")) if not word.startswith("--local_rank")]
     parts = [word.partition("=") for word in words]
     command = shlex.join(f"{key}{sign}{_portable(value)}" if sign else _portable(key) for key, sign, value in parts)
     if run["world_size"] > 1:
@@ -181,3 +183,24 @@ def _portable(path: str) -> str:
     if not os.path.isabs(path):
         return path
     return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else Path(path).name
+
+
+def _plain(value: object) -> str:
+    """A value in running text or a table: one line, and nothing in it is Markdown or HTML."""
+    return re.sub(r"([\\`*_{}\[\]<>()#+!|~&$])", r"\\\1", " ".join(str(value).split()))
+
+
+def _code(text: str) -> str:
+    """A code span of one line."""
+    line, ticks = " ".join(text.split()), "`" * (_longest_run(text) + 1)
+    return f"{ticks} {line} {ticks}" if len(ticks) > 1 else f"`{line}`"
+
+
+def _block(language: str, text: str) -> str:
+    """A code block that no line of the text ends."""
+    fence = "`" * max(3, _longest_run(text) + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def _longest_run(text: str) -> int:
+    return max(map(len, re.findall("`+", text)), default=0)

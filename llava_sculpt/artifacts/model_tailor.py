@@ -26,11 +26,12 @@ from llava_sculpt.data.images import ImagePreprocessor
 from llava_sculpt.data.tokenizer import LlavaTokenizer
 from llava_sculpt.errors import UserError
 from llava_sculpt.methods.tailor import InputHessian, Tailored, tailor
-from llava_sculpt.model.adapter import load_adapter, read_run
+from llava_sculpt.model.adapter import load_adapter, read_adapter
 from llava_sculpt.model.checkpoint import BaseCheckpoint
 from llava_sculpt.model.layout import LANGUAGE
 from llava_sculpt.model.load import load_base
 from llava_sculpt.model.lora import lora_pairs
+from llava_sculpt.model.whole import read_run
 
 # Modules of a decoder layer that read one input: they share its Hessian.
 _INPUTS = (
@@ -123,7 +124,7 @@ def _load(adapter: Path, checkpoint: BaseCheckpoint) -> nn.Module:
     dtype = torch.float32
     if torch.cuda.is_available():
         dtype = getattr(torch, str(checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype", "float16"))))
-    model = load_adapter(load_base(checkpoint, dtype), adapter, checkpoint).eval()
+    model = load_adapter(load_base(checkpoint, dtype), read_adapter(adapter), checkpoint).eval()
     return model.to("cuda") if torch.cuda.is_available() else model
 
 

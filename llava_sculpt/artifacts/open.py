@@ -76,7 +76,10 @@ def _converted(source: Path, config: dict[str, Any]) -> Path:
     name = f"{source.resolve().name}-{conversion_identity(source, tower)[:16]}"
     out = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava_sculpt" / name
     if not out.is_dir():
-        out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{out.parent}: cannot be made: {error.strerror} (XDG_CACHE_HOME names another)") from error
         with FileLock(out.with_name(f"{name}.lock")):
             if not out.is_dir():
                 print(f"{source}: an original LLaVA checkpoint; converting it once into {out}", file=sys.stderr)

@@ -9,16 +9,10 @@ from typing import Annotated
 from llava_sculpt.artifacts.edit import write_record
 from llava_sculpt.artifacts.writing import publish
 from llava_sculpt.errors import UserError
-from llava_sculpt.model.adapter import read_adapter_config
-from llava_sculpt.model.files import (
-    ADAPTER_CONFIG,
-    ADAPTER_FILE,
-    CONNECTOR_FILE,
-    RUN_FILE,
-    read_tensors,
-    write_tensors,
-)
+from llava_sculpt.model.adapter import read_adapter
+from llava_sculpt.model.files import ADAPTER_CONFIG, ADAPTER_FILE, CONNECTOR_FILE, write_tensors
 from llava_sculpt.model.lora import CONNECTOR
+from llava_sculpt.model.whole import copy_run
 from llava_sculpt.sculpt import magnitude_mask
 
 
@@ -33,8 +27,7 @@ def post_prune(adapter: Path, out: Path, *, density: Annotated[float, "fraction 
     Raises:
         UserError: not an adapter, a density out of range, `out` not empty or not writable.
     """
-    read_adapter_config(adapter)
-    tensors = read_tensors(adapter / ADAPTER_FILE)
+    tensors = read_adapter(adapter).tensors
     try:
         pruned = {
             key: value.masked_fill(~magnitude_mask(value, density), 0)
@@ -47,9 +40,10 @@ def post_prune(adapter: Path, out: Path, *, density: Annotated[float, "fraction 
 
     def write(folder: Path) -> None:
         write_tensors(folder / ADAPTER_FILE, pruned)
-        for name in (ADAPTER_CONFIG, CONNECTOR_FILE, RUN_FILE):
+        for name in (ADAPTER_CONFIG, CONNECTOR_FILE):
             if (adapter / name).is_file():
                 shutil.copyfile(adapter / name, folder / name)
         write_record(folder, adapter, "post_prune", {"density": density})
+        copy_run(adapter, folder)
 
     publish(out, write)

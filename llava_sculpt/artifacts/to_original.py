@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llava_sculpt.artifacts.from_original import ROWS_FILE, expected_shapes, key_problems
+from llava_sculpt.artifacts.from_original import ROWS_FILE
 from llava_sculpt.artifacts.writing import copy_files, in_shards, write_folder
 from llava_sculpt.data.tokenizer import LlavaTokenizer
 from llava_sculpt.errors import UserError
 from llava_sculpt.model.checkpoint import TOWER_FOLDER, BaseCheckpoint
-from llava_sculpt.model.layout import EMBEDDING, HEAD, SELECT, TEXT_FIELDS, TOWER, is_tied, original_name
+from llava_sculpt.model.layout import EMBEDDING, HEAD, SELECT, TEXT_FIELDS, TOWER, is_buffer, is_tied, original_name
 from llava_sculpt.model.shards import Stored, model_tensors
 from llava_sculpt.records import write_json
 
@@ -24,21 +24,17 @@ def convert_to_original(checkpoint: BaseCheckpoint, out: Path) -> None:
     that the way back gives the same bits.
 
     Raises:
-        UserError: missing or unexpected weights, wrong shapes, before anything is written; as `write_folder`.
+        UserError: a vocabulary that is not LLaVA-1.5's, before anything is written; as `write_folder`.
     """
     rows = checkpoint.image_token_id
-    tied = is_tied(checkpoint.config)
-    found = [tensor for tensor in model_tensors(checkpoint.path) if not (tied and tensor.name == HEAD)]
-    shapes = {tensor.name: tensor.shape for tensor in found}
-    problems = key_problems(shapes, expected_shapes(checkpoint.config), checkpoint.path)
+    left_out = (HEAD,) if is_tied(checkpoint.config) else ()
+    found = [t for t in model_tensors(checkpoint.path) if not is_buffer(t.name) and t.name not in left_out]
     pieces = LlavaTokenizer.from_dir(checkpoint.path).vocab_size
     if rows != pieces:
-        problems.append(
+        raise UserError(
             f"{checkpoint.path}: the image token is {rows} and tokenizer.model has {pieces} pieces; LLaVA-1.5 has the "
             "image token right behind them"
         )
-    if problems:
-        raise UserError(problems)
     matrices = [t for t in found if t.name in (EMBEDDING, HEAD)]
     language = [_rows(t, 0, rows) if t in matrices else t for t in found if not t.name.startswith(TOWER)]
     files = in_shards([Stored(original_name(t.name), t.shape, t.dtype, t.load) for t in language])

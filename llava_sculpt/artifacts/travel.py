@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,15 +13,22 @@ from peft import LoraConfig
 
 from llava_sculpt.artifacts.writing import publish, save_tensors
 from llava_sculpt.errors import UserError
-from llava_sculpt.model.adapter import read_adapter_config, read_run
-from llava_sculpt.model.files import ADAPTER_CONFIG, ADAPTER_FILE, CONNECTOR_FILE, MASKS_FILE, RUN_FILE, read_tensors
+from llava_sculpt.model.adapter import AdapterConfig, read_adapter, read_adapter_config
+from llava_sculpt.model.files import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
+    CONNECTOR_FILE,
+    MASKS_FILE,
+    NON_LORA_FILE,
+    PICKLED_ADAPTER,
+    read_tensors,
+)
 from llava_sculpt.model.layout import LANGUAGE, PROJECTOR, key_of_original, original_key
 from llava_sculpt.model.lora import CONNECTOR_TARGETS
 from llava_sculpt.model.shards import mapped_pickle, stored_tensors
-from llava_sculpt.records import versions, write_json
+from llava_sculpt.model.whole import check_whole, copy_run
+from llava_sculpt.records import versions, write_atomically, write_json
 
-NON_LORA = "non_lora_trainables.bin"
-PICKLED_ADAPTER = "adapter_model.bin"
 _LAYER = "base_model.model.model.language_model.layers."
 
 # What LoraConfig of peft 0.10 knows, the version in the environments of LLaVA: it stops at any other key.
@@ -45,27 +54,29 @@ def adapter_to_original(folder: Path, out: Path, base_config: dict[str, Any], ba
     Raises:
         UserError: not an adapter of this project's layout, or one whose settings peft 0.10 does not have.
     """
-    tensors = read_tensors(folder / ADAPTER_FILE)
+    saved = read_adapter(folder)
+    tensors, config = saved.tensors, saved.config
     problems = [
         f"{folder / ADAPTER_FILE}: {key} is not in the language model or the connector"
         for key in tensors
         if not key.startswith((f"base_model.model.{LANGUAGE}", f"base_model.model.{PROJECTOR}"))
     ]
-    config = read_adapter_config(folder)
     problems += _unknown_to_peft_0_10(config, folder / ADAPTER_CONFIG)
     problems += _uneven_layers(tensors, folder / ADAPTER_FILE)
     if problems:
         raise UserError(problems)
-    connector = read_tensors(folder / CONNECTOR_FILE, optional=True)
 
     def write(aside: Path) -> None:
-        kept = {key: value for key, value in config.items() if key in _PEFT_0_10}
-        alpha = kept["lora_alpha"]
+        kept: dict[str, Any] = {key: value for key, value in config.items() if key in _PEFT_0_10}
+        alpha = config["lora_alpha"]
         kept["lora_alpha"] = int(alpha) if alpha == int(alpha) else alpha
         kept |= {"base_model_name_or_path": base_name, "target_modules": _original_targets(tensors)}
         write_json(aside / ADAPTER_CONFIG, kept)
         save_tensors(aside / ADAPTER_FILE, {original_key(key): value for key, value in tensors.items()})
-        torch.save({original_key(f"base_model.model.{name}"): v for name, v in connector.items()}, aside / NON_LORA)
+        connector = {original_key(f"base_model.model.{name}"): value for name, value in saved.connector.items()}
+        pickled = io.BytesIO()  # torch.save reports a full disk as anything
+        torch.save(connector, pickled)
+        write_atomically(aside / NON_LORA_FILE, pickled.getvalue())
         write_json(aside / "config.json", base_config)
         _keep_record(folder, aside, rename=original_key)
 
@@ -81,8 +92,9 @@ def adapter_to_hf(folder: Path, out: Path, base_name: str | None) -> None:
     Raises:
         UserError: not such an adapter, or it holds other trained weights than LoRA and the connector.
     """
+    check_whole(folder)
     pickled = folder / PICKLED_ADAPTER
-    tensors = mapped_pickle(pickled) if pickled.is_file() else read_tensors(folder / ADAPTER_FILE)
+    tensors = mapped_pickle(pickled) if os.path.lexists(pickled) else read_tensors(folder / ADAPTER_FILE)
     config = read_adapter_config(folder)
     lora = {key_of_original(key): value for key, value in tensors.items()}
     problems = [
@@ -91,14 +103,15 @@ def adapter_to_hf(folder: Path, out: Path, base_name: str | None) -> None:
         if not key.startswith((f"base_model.model.{LANGUAGE}", f"base_model.model.{PROJECTOR}"))
     ]
     problems += _uneven_layers(lora, folder)
-    others = mapped_pickle(folder / NON_LORA) if (folder / NON_LORA).is_file() else {}
+    others_file = folder / NON_LORA_FILE
+    others = mapped_pickle(others_file) if os.path.lexists(others_file) else {}
     connector = {}
     for theirs, value in others.items():
         # LLaVA's own reader takes these three forms: base_model.model.X, model.X and X.
         name = "model." + theirs.removeprefix("base_model.").removeprefix("model.").removeprefix("model.")
         name = key_of_original(name).removeprefix("base_model.model.")
         if not name.startswith(PROJECTOR):
-            problems.append(f"{folder / NON_LORA}: {theirs} is not of the connector; only that can be trained here")
+            problems.append(f"{others_file}: {theirs} is not of the connector; only that can be trained here")
         connector[name] = value
     if problems:
         raise UserError(problems)
@@ -123,13 +136,13 @@ def is_original_adapter(folder: Path) -> bool:
         UserError: not an adapter folder.
     """
     read_adapter_config(folder)
-    if (folder / PICKLED_ADAPTER).is_file():
+    if os.path.lexists(folder / PICKLED_ADAPTER):
         return True
     keys = [tensor.name for tensor in stored_tensors(folder / ADAPTER_FILE)]
     return not any(LANGUAGE in key or PROJECTOR in key for key in keys)
 
 
-def _unknown_to_peft_0_10(config: dict[str, Any], file: Path) -> list[str]:
+def _unknown_to_peft_0_10(config: AdapterConfig, file: Path) -> list[str]:
     defaults = LoraConfig().to_dict()
     return [
         f"{file}: {key} is {value!r}, which peft 0.10 (LLaVA's) does not have"
@@ -185,6 +198,4 @@ def _keep_record(folder: Path, aside: Path, rename: Callable[[str], str]) -> Non
     masks = read_tensors(folder / MASKS_FILE, optional=True)
     if masks:
         save_tensors(aside / MASKS_FILE, {rename(key): mask for key, mask in masks.items()})
-    run = read_run(folder)
-    if run:
-        write_json(aside / RUN_FILE, {**run, "converted": {"from": str(folder), "versions": versions()}})
+    copy_run(folder, aside, converted={"from": str(folder), "versions": versions()})

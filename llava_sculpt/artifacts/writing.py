@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,8 +14,10 @@ from typing import Any
 import torch
 
 from llava_sculpt.errors import UserError
+from llava_sculpt.locks import output_lock, remove_leftovers
+from llava_sculpt.model.files import is_finite
 from llava_sculpt.model.shards import DTYPES, INDEX_FILE, Stored, stored_tensors
-from llava_sculpt.records import write_json
+from llava_sculpt.records import check_regular, read_json, write_json, written_aside
 
 # What a model folder holds beside its weights and config.json, as far as transformers or vLLM read it, and those of
 # LLaVA from which its processor is made.
@@ -35,6 +38,7 @@ def write_safetensors(file: Path, tensors: Sequence[Stored], metadata: dict[str,
     (The library's `save_file` takes all tensors at once: the whole shard in memory.)
 
     Raises:
+        UserError: a value that is NaN or infinite.
         ValueError: a tensor that is not what its shape and dtype say.
         OSError: disk full, no permission.
     """
@@ -48,15 +52,18 @@ def write_safetensors(file: Path, tensors: Sequence[Stored], metadata: dict[str,
         offset += tensor.nbytes
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    aside = file.with_name(f".{file.name}.writing")
-    with aside.open("wb") as stream:
+    with written_aside(file) as stream:
         stream.write(len(encoded).to_bytes(8, "little") + encoded)
         for tensor in ordered:
             values = tensor.load()
             if tuple(values.shape) != tensor.shape or values.dtype != tensor.dtype:
                 raise ValueError(f"{tensor.name}: {values.dtype} {tuple(values.shape)}, not as announced")
+            if not is_finite(values):
+                raise UserError(
+                    f"{file}: {tensor.name}: NaN or infinite values, not written: the source is damaged, or has "
+                    f"values too large for {str(tensor.dtype).removeprefix('torch.')}"
+                )
             stream.write(values.detach().contiguous().flatten().view(torch.uint8).numpy().data)
-    aside.replace(file)
 
 
 def in_memory(tensors: Mapping[str, torch.Tensor]) -> list[Stored]:
@@ -82,16 +89,27 @@ def in_shards(tensors: Sequence[Stored], limit: int = SHARD_BYTES) -> dict[str, 
 
 
 def write_export(file: Path, tensors: Sequence[Stored], metadata: dict[str, str]) -> None:
-    """`write_safetensors` for a file that the user has named.
+    """`write_safetensors` for a new file that the user has named.
 
     Raises:
-        UserError: it could not be written.
+        UserError: it exists, another process is writing it, or it could not be written.
     """
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_safetensors(file, tensors, metadata)
-    except OSError as error:
-        raise UserError(f"{file}: could not be written: {error}") from error
+    with output_lock(file):
+        check_no_file(file)
+        try:
+            write_safetensors(file, tensors, metadata)
+        except OSError as error:
+            raise UserError(f"{file}: could not be written: {error}") from error
+
+
+def check_no_file(file: Path) -> None:
+    """Refuse to write over something.
+
+    Raises:
+        UserError: `file` is there, if only as a link to nowhere.
+    """
+    if os.path.lexists(file):
+        raise UserError(f"{file}: exists; choose another name")
 
 
 def check_new(out: Path) -> None:
@@ -100,8 +118,11 @@ def check_new(out: Path) -> None:
     Raises:
         UserError: `out` is there and is not an empty folder.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists and is not an empty folder; choose another one for the output")
+    try:
+        if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"{out}: exists and is not an empty folder; choose another one for the output")
+    except OSError as error:
+        raise UserError(f"{out}: cannot be looked into: {error.strerror}") from error
 
 
 def publish(out: Path, write: Callable[[Path], None], *, resumable: bool = False) -> None:
@@ -113,14 +134,24 @@ def publish(out: Path, write: Callable[[Path], None], *, resumable: bool = False
         resumable: `write` gets what an earlier call left, and a failure leaves it to the next one.
 
     Raises:
-        UserError: `out` is not an empty folder, or could not be written.
+        UserError: `out` is not an empty folder, another process is making it, or it could not be written.
     """
     check_new(out)
+    with output_lock(out):
+        check_new(out)
+        _publish(out, write, resumable)
+
+
+def _publish(out: Path, write: Callable[[Path], None], resumable: bool) -> None:
     aside = out.parent / f".{out.name}.partial"
     try:
+        if aside.is_symlink() or aside.is_file():  # not ours
+            aside.unlink()
         if not resumable:
             shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True, exist_ok=True)
+        for inside in [aside, *(path for path in aside.rglob("*") if path.is_dir())]:
+            remove_leftovers(inside)
         write(aside)
         aside.replace(out)
     except BaseException as error:
@@ -153,7 +184,7 @@ def write_folder(
 
     def write(aside: Path) -> None:
         progress = aside / _PROGRESS_FILE
-        if resume is not None and not (progress.is_file() and json.loads(progress.read_text()) == resume):
+        if resume is not None and not _is_of(progress, resume):
             shutil.rmtree(aside)
             aside.mkdir()
             write_json(progress, resume)
@@ -169,6 +200,13 @@ def write_folder(
         progress.unlink(missing_ok=True)
 
     publish(out, write, resumable=resume is not None)
+
+
+def _is_of(progress: Path, job: Mapping[str, Any]) -> bool:
+    try:
+        return bool(read_json(progress) == job)
+    except UserError:  # none, or damaged
+        return False
 
 
 def _holds(file: Path, tensors: Sequence[Stored]) -> bool:
@@ -201,5 +239,6 @@ def _write_index(folder: Path, files: Mapping[str, Sequence[Stored]]) -> None:
 def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
     """Copy those of `names` that are in `source`."""
     for name in names:
-        if (source / name).is_file():
+        if os.path.lexists(source / name):
+            check_regular(source / name)
             shutil.copyfile(source / name, target / name)

@@ -21,8 +21,8 @@ from llava_sculpt.evaluation.figure import plot_source_target
 from llava_sculpt.evaluation.run import evaluate, load_tasks
 from llava_sculpt.evaluation.table import format_details, format_table
 from llava_sculpt.experiments.tiny_data import prepare_tiny_world
-from llava_sculpt.model.adapter import read_run
 from llava_sculpt.model.checkpoint import find_base_checkpoint
+from llava_sculpt.model.whole import read_run
 from llava_sculpt.names import METHODS, SOURCES, config_file
 from llava_sculpt.train.train import main as train_main
 

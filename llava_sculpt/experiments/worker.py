@@ -179,7 +179,7 @@ def _edit(run: Run, adapter: Path, folder: Path) -> None:
 def _score(run: Run, seconds: dict[str, float]) -> dict[str, Any]:
     from llava_sculpt.evaluation.run import summarise
     from llava_sculpt.experiments.finetune import MODEL, evaluate_model
-    from llava_sculpt.model.adapter import read_run
+    from llava_sculpt.model.whole import read_run
 
     folder, made = adapter_folder(run), run.method != ZERO_SHOT
     started = time.monotonic()

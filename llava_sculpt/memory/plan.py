@@ -21,6 +21,7 @@ from llava_sculpt.data.images import ImagePreprocessor
 from llava_sculpt.data.tokenizer import LlavaTokenizer
 from llava_sculpt.errors import UserError
 from llava_sculpt.memory.parts import Architecture, Setup, Zero, activation_peaks, memory_parts, step_flops
+from llava_sculpt.model.base_config import check_llava_config
 from llava_sculpt.model.checkpoint import known_tower, read_config
 from llava_sculpt.model.layout import CLIP_L_336, hf_config, is_original
 from llava_sculpt.names import LORASCULPT, PENALTIES
@@ -282,6 +283,7 @@ def read_checkpoint_config(name_or_path: str) -> dict[str, Any]:
             return hf_config(found, known_tower(folder, found["mm_vision_tower"]))
         if found.get("model_type") != "llava":
             raise UserError(f"{folder / 'config.json'}: not a LLaVA-1.5 model's (model_type is not 'llava')")
+        check_llava_config(found, folder / "config.json")
         return found
     if name_or_path in _KNOWN_TEXT:
         hidden, layers, heads, intermediate = _KNOWN_TEXT[name_or_path]

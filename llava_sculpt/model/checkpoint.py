@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava_sculpt.errors import UserError
+from llava_sculpt.data.tokenizer import LlavaTokenizer
+from llava_sculpt.errors import UserError, first_line
+from llava_sculpt.model.base_config import architecture, check_llava_config, check_preprocessor
+from llava_sculpt.model.expected import weight_problems
 from llava_sculpt.model.layout import CLIP_L_336, hf_config, is_original
 from llava_sculpt.model.shards import check_shards, files_fingerprint, weight_files, weights_fingerprint
 from llava_sculpt.records import read_object
@@ -45,8 +48,9 @@ class BaseCheckpoint:
 
     @property
     def image_tokens(self) -> int:
-        """Tokens one image becomes: (image size / patch size) squared."""
-        return (self.image_size // int(self.config["vision_config"]["patch_size"])) ** 2
+        """Tokens one image becomes: (image size / patch size) squared, and the class token where it is selected."""
+        patches = (self.image_size // int(self.config["vision_config"]["patch_size"])) ** 2
+        return patches + (self.config.get("vision_feature_select_strategy") == "full")
 
     @property
     def image_size(self) -> int:
@@ -80,6 +84,13 @@ class BaseCheckpoint:
         one: what decides whether an adapter fits a base then is `weights_fingerprint`, recorded beside it since 0.2.
         """
         return files_fingerprint([self.path / "config.json"], weight_files(self.path))
+
+    def architecture(self) -> str:
+        """sha256 over what config.json says of the computation, the same in every layout.
+
+        With `weights_fingerprint` it says that two bases give the same outputs.
+        """
+        return architecture(self.config)
 
     def weights_fingerprint(self) -> str:
         """sha256 over the weights alone, the same in every layout; see `shards.weights_fingerprint`."""
@@ -115,6 +126,15 @@ def find_base_checkpoint(name_or_path: str, weights: bool = True) -> BaseCheckpo
     problems += check_shards(path) if weights else []
     if problems:
         raise UserError(problems)
+    check_llava_config(config, path / "config.json")
+    if "preprocessor_config.json" in needed:
+        check_preprocessor(path / "preprocessor_config.json", config["vision_config"]["image_size"])
+    problems = weight_problems(path, config) if weights else []
+    pieces, image = LlavaTokenizer.from_dir(path).vocab_size, BaseCheckpoint(path, config).image_token_id
+    if image < pieces:
+        problems.append(f"{path}: tokenizer.model has {pieces} pieces, config.json puts the image token at {image}")
+    if problems:
+        raise UserError(problems)
     return BaseCheckpoint(path, config)
 
 
@@ -130,7 +150,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 def known_tower(original: Path, named: str) -> dict[str, Any]:
     """config.json of the tower without fetching anything: for an estimate before the model is there."""
     for folder in (Path(named), original / TOWER_FOLDER):
-        if (folder / "config.json").is_file():
+        if os.path.isfile(folder / "config.json"):
             return read_config(folder)
     return CLIP_L_336
 
@@ -144,7 +164,7 @@ def find_folder(name_or_path: str, fetch: list[str] | None = None) -> Path:
     Raises:
         UserError: neither.
     """
-    if Path(name_or_path).is_dir():
+    if os.path.isdir(name_or_path):
         return Path(name_or_path)
     if os.path.isabs(name_or_path) or name_or_path.startswith(".") or name_or_path.count("/") != 1:
         raise UserError(f"no such folder: {name_or_path}")
@@ -155,4 +175,4 @@ def find_folder(name_or_path: str, fetch: list[str] | None = None) -> Path:
     # The hub client raises its own, requests' and OS errors: whatever it is, the model is not to be had.
     except Exception as error:
         how = "that could be fetched from the Hub" if fetch else f"in the local cache (hf download {name_or_path})"
-        raise UserError(f"{name_or_path}: neither a folder nor a model {how}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{name_or_path}: neither a folder nor a model {how}: {first_line(error)}") from error

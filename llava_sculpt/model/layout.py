@@ -7,9 +7,13 @@ Everything that reads, writes or converts weights speaks the in-memory names of 
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
+from typing_extensions import NotRequired, TypedDict
 
 from llava_sculpt.errors import UserError
+from llava_sculpt.records import checked
 
 LANGUAGE = "model.language_model."
 PROJECTOR = "model.multi_modal_projector."
@@ -111,14 +115,38 @@ CLIP_L_336: dict[str, Any] = {
 SELECT = {"patch": "default", "cls_patch": "full"}
 
 
+_Size = Annotated[int, Field(ge=1, le=1 << 24)]
+
+
+class _Original(TypedDict):
+    mm_vision_tower: str
+    mm_projector_type: NotRequired[str]
+    mm_patch_merge_type: NotRequired[str]
+    mm_vision_select_layer: NotRequired[int]
+    unfreeze_mm_vision_tower: NotRequired[bool]
+    tie_word_embeddings: NotRequired[bool]
+    hidden_size: _Size
+    intermediate_size: _Size
+    num_hidden_layers: _Size
+    num_attention_heads: _Size
+    vocab_size: _Size
+    rope_theta: NotRequired[float]
+    rope_scaling: NotRequired[dict[str, Any] | None]
+
+
+class _Tower(TypedDict):
+    image_size: _Size
+    patch_size: _Size
+
+
 def is_original(config: dict[str, Any]) -> bool:
     """Whether a config.json is the original package's: its model types are llava_llama and, earlier, llava."""
-    return "mm_vision_tower" in config and config.get("model_type") in ("llava", "llava_llama")
+    return isinstance(config.get("mm_vision_tower"), str) and config.get("model_type") in ("llava", "llava_llama")
 
 
 def is_tied(config: dict[str, Any]) -> bool:
     """Whether lm_head is the embedding (of a config.json of either layout; LlavaConfig reads both places)."""
-    return any(part.get("tie_word_embeddings") for part in (config, config.get("text_config", {})))
+    return any(part.get("tie_word_embeddings") for part in (config, config.get("text_config") or {}))
 
 
 def hf_config(original: dict[str, Any], tower: dict[str, Any]) -> dict[str, Any]:
@@ -127,6 +155,9 @@ def hf_config(original: dict[str, Any], tower: dict[str, Any]) -> dict[str, Any]
     Raises:
         UserError: every setting that LLaVA-1.5 does not have.
     """
+    checked(original, _Original, "config.json")
+    tower = tower.get("vision_config", tower)
+    checked(tower, _Tower, "config.json of the vision tower")
     problems = []
     for key, expected in (
         ("mm_projector_type", "mlp2x_gelu"),
@@ -136,13 +167,10 @@ def hf_config(original: dict[str, Any], tower: dict[str, Any]) -> dict[str, Any]
         if original.get(key, expected) != expected:
             problems.append(f"config.json: {key} is {original[key]!r}, LLaVA-1.5 has {expected!r}")
     feature = original.get("mm_vision_select_feature", "patch")
-    if feature not in SELECT:
+    if feature not in list(SELECT):  # also what cannot be hashed
         problems.append(f"config.json: mm_vision_select_feature is {feature!r}, expected {' or '.join(SELECT)}")
     if "unpad" in original.get("mm_patch_merge_type", "") or original.get("image_aspect_ratio") == "anyres":
         problems.append("config.json: images in several tiles (LLaVA-1.6) are not LLaVA-1.5")
-    for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
-        if not isinstance(original.get(key), int):
-            problems.append(f"config.json: {key} is missing")
     if problems:
         raise UserError(problems)
     image, tied = original["vocab_size"], is_tied(original)
@@ -155,7 +183,7 @@ def hf_config(original: dict[str, Any], tower: dict[str, Any]) -> dict[str, Any]
         "rope_parameters": {"rope_theta": original.get("rope_theta", 10000.0), **rope},
         "tie_word_embeddings": tied,
     }
-    vision = {**tower.get("vision_config", tower), "model_type": "clip_vision_model"}
+    vision = {**tower, "model_type": "clip_vision_model"}
     for key in ("architectures", "transformers_version", "dtype", "torch_dtype"):
         vision.pop(key, None)
     return {

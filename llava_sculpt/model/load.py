@@ -7,12 +7,16 @@ import sys
 from typing import Any
 
 import torch
-from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
+from transformers import BitsAndBytesConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.utils import is_bitsandbytes_available
 from transformers.utils.logging import disable_progress_bar
 
-from llava_sculpt.errors import UserError
+from llava_sculpt.errors import UserError, first_line
+from llava_sculpt.model.base_config import known_config
 from llava_sculpt.model.checkpoint import BaseCheckpoint
+from llava_sculpt.model.files import check_finite
+from llava_sculpt.model.layout import is_buffer, memory_name
+from llava_sculpt.model.shards import model_tensors
 
 
 def load_base(
@@ -34,7 +38,8 @@ def load_base(
         vision_tower: CLIP folder whose weights replace the checkpoint's tower.
 
     Raises:
-        UserError: bitsandbytes missing, or a tower of another shape.
+        UserError: bitsandbytes missing, weights that are missing, misshapen, NaN or infinite (finding these takes
+            0.3 s per GB on one CPU core), or a tower of another shape.
     """
     check_bits(bits)
     if not sys.stderr.isatty():  # a log file gets lines
@@ -42,12 +47,34 @@ def load_base(
     options: dict[str, Any] = {}
     if bits != 16:
         options["quantization_config"] = _quantization(bits, dtype, double_quant, quant_type)
-    model = LlavaForConditionalGeneration.from_pretrained(
-        checkpoint.path, dtype=dtype, local_files_only=True, attn_implementation="sdpa", **options
-    )
+    # Weights were checked by their headers when the checkpoint was opened; whatever that did not see fails here.
+    loader: Any = LlavaForConditionalGeneration.from_pretrained  # its type says nothing of the report
+    try:
+        model, report = loader(
+            checkpoint.path,
+            config=LlavaConfig.from_dict(known_config(checkpoint.config)),
+            dtype=dtype,
+            local_files_only=True,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+            **options,
+        )
+    except (ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UserError(f"{checkpoint.path}: cannot be loaded: {first_line(error)}") from error
+    odd = {*report["missing_keys"], *(memory_name(key) for key in report["unexpected_keys"])}
+    odd = {name for name in odd if not is_buffer(name)}
+    if odd or report["mismatched_keys"]:
+        names = sorted({*odd, *map(str, report["mismatched_keys"])})
+        raise UserError(f"{checkpoint.path}: {len(names)} weights do not fit config.json, such as {names[0]}")
+    # What has been quantised shows nothing any more: then the files are looked at.
+    loaded = model.named_parameters() if bits == 16 else ((t.name, t.load()) for t in model_tensors(checkpoint.path))
+    check_finite(loaded, checkpoint.path)
     if vision_tower is not None:
         _replace_tower(model, vision_tower)
-    return model.requires_grad_(False)
+    model.requires_grad_(False)
+    return model
 
 
 def check_bits(bits: int) -> None:
@@ -86,5 +113,5 @@ def _replace_tower(model: LlavaForConditionalGeneration, folder: str) -> None:
         tower = CLIPVisionModel.from_pretrained(folder)
         model.model.vision_tower.load_state_dict(tower.state_dict())
     except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"vision_tower: {folder} does not fit the checkpoint's tower ({reason})") from error

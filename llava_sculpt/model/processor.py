@@ -50,7 +50,7 @@ def write_processor(folder: Path, config: dict[str, Any]) -> None:
         LlavaImageProcessorPil.from_pretrained(folder, do_pad=True, local_files_only=True),
         tokenizer,
         patch_size=config["vision_config"]["patch_size"],
-        vision_feature_select_strategy=config["vision_feature_select_strategy"],
+        vision_feature_select_strategy=config.get("vision_feature_select_strategy", "default"),
         num_additional_image_tokens=1,
         chat_template=CHAT_TEMPLATE,
     )

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from typing_extensions import TypedDict
 
-from llava_sculpt.errors import UserError
+from llava_sculpt.errors import UserError, first_line
 from llava_sculpt.model.layout import EMBEDDING, HEAD, TOWER, is_buffer, memory_name
+from llava_sculpt.records import check_regular, read_checked
 
 INDEX_FILE = "model.safetensors.index.json"
-_PICKLED_INDEX = "pytorch_model.bin.index.json"
+PICKLED_INDEX = "pytorch_model.bin.index.json"
 _SAMPLED_BLOCKS = 64  # of a file
 _BLOCK_BYTES = 1 << 16
 _BLOCK_VALUES = 1 << 15  # of a tensor
@@ -144,9 +146,14 @@ def check_shards(folder: Path) -> list[str]:
     """What is wrong with the weight files of a folder: none, named in the index but missing, truncated."""
     files = weight_files(folder)
     problems = [] if files else [f"{folder}: no model*.safetensors weights"]
-    index = folder / (_PICKLED_INDEX if files and files[0].suffix == ".bin" else INDEX_FILE)
-    if index.is_file():
-        problems += _missing_shards(index, {file.name for file in files})
+    index = folder / (PICKLED_INDEX if files and files[0].suffix == ".bin" else INDEX_FILE)
+    wanted: set[str] = set()
+    try:
+        wanted = set(read_index(index).values()) if index.exists() else wanted
+    except UserError as error:
+        problems += error.problems
+    gone = sorted(wanted - {file.name for file in files})
+    problems += [f"{folder / name}: missing, and {index.name} names it" for name in gone]
     for file in files:
         try:
             stored_tensors(file)
@@ -155,12 +162,17 @@ def check_shards(folder: Path) -> list[str]:
     return problems
 
 
-def _missing_shards(index: Path, names: set[str]) -> list[str]:
-    try:
-        wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        return [f"{index}: not a weight index ({error})"]
-    return [f"{index.parent / name}: missing, and {index.name} names it" for name in sorted(wanted - names)]
+class _Index(TypedDict):
+    weight_map: dict[str, str]
+
+
+def read_index(file: Path) -> dict[str, str]:
+    """Which weight is in which file, by names on disk.
+
+    Raises:
+        UserError: missing, or not a weight index.
+    """
+    return read_checked(file, _Index)["weight_map"]
 
 
 def stored_tensors(file: Path) -> list[Stored]:
@@ -174,6 +186,7 @@ def stored_tensors(file: Path) -> list[Stored]:
             Stored(name, tuple(tensor.shape), tensor.dtype, partial(_load, file, name))
             for name, tensor in mapped_pickle(file).items()
         ]
+    check_regular(file)
     try:
         with safe_open(str(file), framework="pt") as opened:
             found = []
@@ -198,12 +211,18 @@ def _load(file: Path, name: str) -> torch.Tensor:
         return opened.get_tensor(name)
 
 
+def _plain(error: Exception) -> str:
+    """The first sentence: behind it PyTorch tells how to run whatever is in the file."""
+    return first_line(error).partition(". ")[0]
+
+
 def mapped_pickle(file: Path) -> dict[str, torch.Tensor]:
     """The tensors of a file that `torch.save` wrote, mapped, not read; nothing in it is executed.
 
     Raises:
         UserError: missing, truncated, damaged, or anything but a dictionary of tensors.
     """
+    check_regular(file)
     if not file.is_file():
         raise UserError(f"{file}: missing")
     if not zipfile.is_zipfile(file):
@@ -214,7 +233,7 @@ def mapped_pickle(file: Path) -> dict[str, torch.Tensor]:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     # torch.load reports what it cannot or may not unpickle through several exceptions.
     except Exception as error:
-        raise UserError(f"{file}: damaged, or holds more than tensors ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{file}: damaged, or holds more than tensors ({_plain(error)})") from error
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise UserError(f"{file}: not a dictionary of tensors")
     return content

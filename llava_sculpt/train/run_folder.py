@@ -11,8 +11,8 @@ from typing import Any
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llava_sculpt.errors import UserError
-from llava_sculpt.model.adapter import read_run
 from llava_sculpt.model.files import RUN_FILE
+from llava_sculpt.model.whole import read_run
 from llava_sculpt.records import write_json
 
 SAVING = ".saving"  # where a checkpoint is written before it is published

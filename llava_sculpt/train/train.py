@@ -36,11 +36,11 @@ from llava_sculpt.data.images import ImagePreprocessor
 from llava_sculpt.data.tokenizer import LlavaTokenizer
 from llava_sculpt.errors import UserError
 from llava_sculpt.memory.plan import check_fits, make_plan
-from llava_sculpt.model.adapter import read_run
 from llava_sculpt.model.checkpoint import BaseCheckpoint
 from llava_sculpt.model.files import ADAPTER_FILE, MASKS_FILE, RUN_FILE, read_tensors
 from llava_sculpt.model.load import check_bits, load_base
 from llava_sculpt.model.lora import CONNECTOR_TARGETS, LLM_TARGETS, REGULARIZED_LLM, inject_lora
+from llava_sculpt.model.whole import read_run
 from llava_sculpt.names import LORASCULPT, METHODS
 from llava_sculpt.records import file_sha256, versions, write_json
 from llava_sculpt.sculpt import SculptSchedule
@@ -244,6 +244,7 @@ def _describe(config: Config, checkpoint: BaseCheckpoint, samples: int, steps: i
         "path": config.model.model_name_or_path,
         "fingerprint": checkpoint.fingerprint(),
         "weights": checkpoint.weights_fingerprint(),
+        "architecture": checkpoint.architecture(),
     }
     data = {"path": config.data.data_path, "samples": samples, "sha256": file_sha256(config.data.data_path)}
     arguments = config.training

@@ -26,7 +26,9 @@ from llava_sculpt.cli import main
 from llava_sculpt.errors import UserError
 from llava_sculpt.model.files import ADAPTER_CONFIG, ADAPTER_FILE, CONNECTOR_FILE, MASKS_FILE
 from llava_sculpt.model.lora import LLM_TARGETS
+from llava_sculpt.model.whole import read_run
 from tests.model.interop import make_adapter
+from tests.runs import changed
 
 PEFT_0_10 = {"r", "lora_alpha", "target_modules", "lora_dropout", "use_dora", "use_rslora", "bias", "peft_type"}
 
@@ -101,14 +103,19 @@ def test_what_the_original_gets(
         "2.bias",
     }
     assert json.loads((out / "config.json").read_text()) == json.loads((original_base / "config.json").read_text())
-    assert json.loads((out / "run.json").read_text())["base"].keys() == {"path", "fingerprint", "weights"}
+    assert json.loads((out / "run.json").read_text())["base"].keys() == {
+        "path",
+        "fingerprint",
+        "weights",
+        "architecture",
+    }
 
 
 def test_a_pickled_adapter_of_llava(run: Path, original_base: Path, tmp_path: Path) -> None:
     convert_adapter(run, "original", tmp_path / "llava-lora", str(original_base))
     torch.save(load_file(tmp_path / "llava-lora" / ADAPTER_FILE), tmp_path / "llava-lora" / "adapter_model.bin")
     (tmp_path / "llava-lora" / ADAPTER_FILE).unlink()
-    convert_adapter(tmp_path / "llava-lora", "hf", tmp_path / "back")
+    convert_adapter(changed(tmp_path / "llava-lora"), "hf", tmp_path / "back")
     assert same_file(run / ADAPTER_FILE, tmp_path / "back" / ADAPTER_FILE)
 
 
@@ -117,7 +124,7 @@ def test_other_trained_weights_are_not_dropped(run: Path, original_base: Path, t
     file = tmp_path / "llava-lora" / "non_lora_trainables.bin"
     torch.save({**torch.load(file, weights_only=True), "model.embed_tokens.weight": torch.ones(2)}, file)
     with pytest.raises(UserError, match="embed_tokens"):
-        convert_adapter(tmp_path / "llava-lora", "hf", tmp_path / "back")
+        convert_adapter(changed(tmp_path / "llava-lora"), "hf", tmp_path / "back")
     assert not (tmp_path / "back").exists()
 
 
@@ -125,6 +132,7 @@ def test_a_setting_that_old_peft_lacks_is_refused(run: Path, original_base: Path
     adapter = shutil.copytree(run, tmp_path / "adapter")
     config = json.loads((adapter / ADAPTER_CONFIG).read_text())
     (adapter / ADAPTER_CONFIG).write_text(json.dumps({**config, "lora_bias": True}))
+    changed(adapter)
     with pytest.raises(UserError, match="lora_bias is True"):
         convert_adapter(adapter, "original", tmp_path / "out", str(original_base))
 
@@ -201,7 +209,7 @@ def broken(run: Path, folder: Path, change) -> Path:  # type: ignore[no-untyped-
     tensors = load_file(adapter / ADAPTER_FILE)
     change(tensors)
     save_file(tensors, str(adapter / ADAPTER_FILE))
-    return adapter
+    return changed(adapter)
 
 
 def test_adapters_that_cannot_be_merged(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -216,14 +224,15 @@ def test_adapters_that_cannot_be_merged(run: Path, tmp_path: Path, capsys: pytes
     odd = broken(run, tmp_path / "2", lambda t: t.update({"base_model.model.x.lora_A.weight": torch.ones(8, 2)}))
     assert "no pair" in refused(odd)
     wide = broken(run, tmp_path / "3", lambda t: t.update({f"{key}.lora_A.weight": torch.ones(8, 99)}))
-    assert "does not fit" in refused(wide)
+    (wide / MASKS_FILE).unlink()
+    assert "does not fit" in refused(changed(wide))
     cut = shutil.copytree(run, tmp_path / "4")
     (cut / ADAPTER_FILE).write_bytes((cut / ADAPTER_FILE).read_bytes()[:-9])
-    assert "truncated" in refused(cut)
+    assert "truncated" in refused(changed(cut))
     config = json.loads((cut / ADAPTER_CONFIG).read_text())
     other = shutil.copytree(run, tmp_path / "5")
-    (other / ADAPTER_CONFIG).write_text(json.dumps({**config, "rank_pattern": {"q_proj": 2}}))
-    assert "rank_pattern" in refused(other)
+    (other / ADAPTER_CONFIG).write_text(json.dumps({**config, "rank_pattern": {"q_proj": 8}}))
+    assert "rank_pattern" in refused(changed(other))
 
 
 def test_another_base_is_refused(run: Path, checkpoint: Path, tmp_path: Path) -> None:
@@ -240,6 +249,7 @@ def test_an_adapter_that_changes_nothing(run: Path, checkpoint: Path, tmp_path: 
         run, tmp_path / "zero", lambda t: t.update({k: torch.zeros_like(v) for k, v in t.items() if "lora_B" in k})
     )
     (adapter / CONNECTOR_FILE).unlink()
+    changed(adapter)
     with pytest.raises(UserError, match="changes nothing"):
         load_for_inference(str(adapter))
     with pytest.raises(UserError, match="changes nothing"):
@@ -292,7 +302,7 @@ def test_sparse_file_there_and_back(run: Path, tmp_path: Path, capsys: pytest.Ca
         assert one.keys() == other.keys()
         assert all(one[k].numpy().tobytes() == other[k].numpy().tobytes() for k in one)
     assert json.loads((out / ADAPTER_CONFIG).read_text()) == json.loads((run / ADAPTER_CONFIG).read_text())
-    assert json.loads((out / "run.json").read_text()) == json.loads((run / "run.json").read_text())
+    assert read_run(out) == {**read_run(run), "files": read_run(out)["files"]}
     assert torch.equal(logits(load_for_inference(str(out)).model), logits(load_for_inference(str(run)).model))
 
 
@@ -303,7 +313,7 @@ def test_sparse_file_is_small(tmp_path: Path, dtype: torch.dtype | None, times: 
     shapes = {"x.lora_A.weight": (32, 4096), "x.lora_B.weight": (4096, 32)}
     tensors = {name: torch.randn(shape).masked_fill(torch.rand(shape) > 0.1, 0) for name, shape in shapes.items()}
     save_file(tensors, str(tmp_path / ADAPTER_FILE))
-    (tmp_path / ADAPTER_CONFIG).write_text("{}")
+    (tmp_path / ADAPTER_CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 32, "lora_alpha": 64}))
     sizes = export_sparse(tmp_path, tmp_path / "small.safetensors", dtype)
     assert sizes["dense_bf16"] == 2 * 2 * 32 * 4096
     assert (tmp_path / "small.safetensors").stat().st_size * times < sizes["dense_bf16"]

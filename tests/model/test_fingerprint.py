@@ -40,7 +40,11 @@ def adapter(checkpoint: Path, tmp_path: Path) -> Path:
     base = find_base_checkpoint(str(checkpoint))
     (tmp_path / "run").mkdir()
     record = {"path": "p", "fingerprint": base.fingerprint(), "weights": base.weights_fingerprint()}
-    (tmp_path / "run" / "run.json").write_text(json.dumps({"base": record}))
+    config = {"method": "lora", "connector": "full", "output_dir": "run", "lora_r": 4, "seed": 0}
+    config |= {"model_max_length": 2048, "sculpt_density": 0.1}
+    run = {"status": "finished", "base": record, "config": config, "identity": {}, "versions": {}, "steps": 1}
+    run |= {"data": {"path": "d", "samples": 1, "sha256": "0"}, "global_batch_size": 1, "world_size": 1}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(run))
     return tmp_path / "run"
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from llava_sculpt.artifacts.inference import load_for_inference
 from llava_sculpt.errors import UserError
-from llava_sculpt.model.adapter import load_adapter
+from llava_sculpt.model.adapter import load_adapter, read_adapter
 from llava_sculpt.model.checkpoint import find_base_checkpoint
 from llava_sculpt.model.files import ADAPTER_CONFIG, ADAPTER_FILE, CONNECTOR_FILE, MASKS_FILE
 from llava_sculpt.model.load import load_base
@@ -102,7 +102,7 @@ def test_dora_is_merged_for_inference_and_computes_the_same(dora: Path, checkpoi
     loaded = load_for_inference(str(dora))
     assert all(pair.layer.merged for pair in lora_pairs(loaded.model))
     base = find_base_checkpoint(str(checkpoint))
-    unmerged = load_adapter(load_base(base, torch.float32), dora, base).eval()
+    unmerged = load_adapter(load_base(base, torch.float32), read_adapter(dora), base).eval()
     inputs = {"input_ids": torch.arange(3, 40).unsqueeze(0), "use_cache": False}
     with torch.no_grad():
         merged_logits, logits = loaded.model(**inputs).logits, unmerged(**inputs).logits
