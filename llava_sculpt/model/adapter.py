@@ -285,7 +285,7 @@ def check_base(folder: Path, checkpoint: BaseCheckpoint) -> None:
     """Refuse another base than the one an adapter was trained on, where run.json records it.
 
     The same files are the same base, and so are the same weights in other files or another layout (which runs before
-    0.2 did not record).
+    0.2 did not record), with the same configuration, preprocessing and tokenizer (which runs before 0.3 did not).
 
     Raises:
         UserError: another base.
@@ -293,10 +293,11 @@ def check_base(folder: Path, checkpoint: BaseCheckpoint) -> None:
     # A checkpoint's run.json is that of the run it lies in.
     inside = os.path.lexists(folder / COMPLETE_FILE)
     base = (read_run(folder) or (read_run(folder.absolute().parent) if inside else {})).get("base")
-    if base is None or base["fingerprint"] == checkpoint.fingerprint():
+    if base is None:
         return
-    same = base.get("weights") == checkpoint.weights_fingerprint()
-    if not same or base.get("architecture") not in (None, checkpoint.architecture()):
+    same = base["fingerprint"] == checkpoint.fingerprint() or base.get("weights") == checkpoint.weights_fingerprint()
+    recorded = base.get("architecture")
+    if not same or (recorded is not None and recorded != checkpoint.architecture()):
         raise UserError(
             f"{folder}: was trained on another base than {checkpoint.path} "
             f"(recorded: {base['path']}); give the right one with --base"

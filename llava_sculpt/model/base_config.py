@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -137,11 +135,11 @@ def check_llava_config(config: dict[str, Any], source: Path) -> None:
         raise UserError([f"{source}: {problem}" for problem in problems])
 
 
-def check_preprocessor(file: Path, image_size: int) -> None:
-    """Refuse CLIP settings that do not give square images of `image_size` pixels a side.
+def read_preprocessor(file: Path, image_size: int) -> dict[str, Any]:
+    """What preprocessor_config.json says of the pixels, in one spelling.
 
     Raises:
-        UserError: everything that is wrong with preprocessor_config.json.
+        UserError: everything that is wrong with it; settings that do not give squares of `image_size` pixels a side.
     """
     known = read_checked(file, _Preprocessor)
     crop = known["crop_size"]
@@ -149,9 +147,16 @@ def check_preprocessor(file: Path, image_size: int) -> None:
     if sides != {image_size}:
         raise UserError(f"{file}: crop_size is {crop}, the vision tower in config.json takes {image_size} pixels")
     size = known["size"]
-    scaled = [size] if isinstance(size, int) else [*size.values()]
-    if not scaled or min(scaled) < image_size:
+    scaled = [size] if isinstance(size, int) else sorted(size.values())
+    if not scaled or scaled[0] < image_size:
         raise UserError(f"{file}: size is {size}, smaller than crop_size")
+    return {
+        "mean": known["image_mean"],
+        "std": known["image_std"],
+        "size": scaled,
+        "resample": known.get("resample", 3),
+        "rescale": round(known.get("rescale_factor", 1 / 255), 9),
+    }
 
 
 def known_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -174,8 +179,8 @@ _NOT_COMPUTED = frozenset(
 )
 
 
-def architecture(config: dict[str, Any]) -> str:
-    """sha256 over what a config.json says of the computation, with the defaults of what it leaves out."""
+def computation(config: dict[str, Any]) -> list[Any]:
+    """What a config.json says of the computation, with the defaults of what it leaves out."""
     from transformers import LlavaConfig
 
     known: Any = LlavaConfig.from_dict(known_config(config))
@@ -183,11 +188,11 @@ def architecture(config: dict[str, Any]) -> str:
         {key: getattr(part, key, None) for key in kind.__annotations__ if key not in _NOT_COMPUTED}
         for part, kind in ((known.text_config, _Text), (known.vision_config, _Vision))
     ]
-    top = (
+    top = [
         known.image_token_id,
         known.vision_feature_layer,
         known.vision_feature_select_strategy,
         known.projector_hidden_act,
         known.multimodal_projector_bias,
-    )
-    return hashlib.sha256(json.dumps([top, *parts], sort_keys=True, default=str).encode()).hexdigest()
+    ]
+    return [top, *parts]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +11,11 @@ from typing import Any
 
 from llava_sculpt.data.tokenizer import LlavaTokenizer
 from llava_sculpt.errors import UserError, first_line
-from llava_sculpt.model.base_config import architecture, check_llava_config, check_preprocessor
+from llava_sculpt.model.base_config import check_llava_config, computation, read_preprocessor
 from llava_sculpt.model.expected import weight_problems
 from llava_sculpt.model.layout import CLIP_L_336, hf_config, is_original
 from llava_sculpt.model.shards import check_shards, files_fingerprint, weight_files, weights_fingerprint
-from llava_sculpt.records import read_object
+from llava_sculpt.records import file_sha256, read_object
 
 TOWER_FOLDER = "vision_tower"  # inside an original checkpoint that `convert --to original` wrote
 
@@ -86,11 +88,13 @@ class BaseCheckpoint:
         return files_fingerprint([self.path / "config.json"], weight_files(self.path))
 
     def architecture(self) -> str:
-        """sha256 over what config.json says of the computation, the same in every layout.
+        """sha256 over what is computed with the weights: by config.json, preprocessor_config.json and tokenizer.model.
 
-        With `weights_fingerprint` it says that two bases give the same outputs.
+        The same in every layout. With `weights_fingerprint` it says that two bases give the same answers.
         """
-        return architecture(self.config)
+        pixels = read_preprocessor(self.path / "preprocessor_config.json", self.image_size)
+        parts = [*computation(self.config), pixels, file_sha256(self.path / "tokenizer.model")]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
     def weights_fingerprint(self) -> str:
         """sha256 over the weights alone, the same in every layout; see `shards.weights_fingerprint`."""
@@ -128,7 +132,7 @@ def find_base_checkpoint(name_or_path: str, weights: bool = True) -> BaseCheckpo
         raise UserError(problems)
     check_llava_config(config, path / "config.json")
     if "preprocessor_config.json" in needed:
-        check_preprocessor(path / "preprocessor_config.json", config["vision_config"]["image_size"])
+        read_preprocessor(path / "preprocessor_config.json", config["vision_config"]["image_size"])
     problems = weight_problems(path, config) if weights else []
     pieces, image = LlavaTokenizer.from_dir(path).vocab_size, BaseCheckpoint(path, config).image_token_id
     if image < pieces:

@@ -8,8 +8,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from llava_sculpt.artifacts.inference import load_for_inference
@@ -41,14 +43,15 @@ def adapter(base: Path, train: Train, tmp_path_factory: pytest.TempPathFactory) 
     return folder
 
 
-def answers(model: Path, base: Path | None = None) -> bytes:
-    """Logits of a made-up question, and the pixels of a made-up picture."""
+def answers(model: Path, base: Path | None = None) -> tuple[bytes, bytes, list[int]]:
+    """Logits of a made-up question, the pixels of a made-up picture, the ids of a text."""
     loaded = load_for_inference(str(model), base=None if base is None else str(base), dtype=torch.float32)
     pixels = torch.linspace(-1, 1, 3 * 16 * 16).reshape(1, 3, 16, 16)
     image = [loaded.checkpoint.image_token_id] * loaded.checkpoint.image_tokens
     with torch.inference_mode():
         found = loaded.model(input_ids=torch.tensor([[1, 5, *image, 6, 7, 8]]), pixel_values=pixels).logits
-    return found.numpy().tobytes()
+    picture = Image.fromarray(np.arange(20 * 30 * 3, dtype=np.uint8).reshape(20, 30, 3))
+    return found.numpy().tobytes(), loaded.preprocessor(picture).numpy().tobytes(), loaded.tokenizer.encode("What?")
 
 
 def damage(rng: random.Random, base: Path) -> str:
@@ -87,7 +90,7 @@ def test_bases_of_an_adapter(
         copy = fresh_copy(base, tmp_path / "base")
         what = damage(rng, copy)
         if rng.random() < 0.6:
-            found: list[bytes] = []
+            found: list[tuple[bytes, bytes, list[int]]] = []
             code = outcome(lambda found=found, copy=copy: found.append(answers(adapter, copy))).code  # type: ignore[misc]
             assert code == 2 or found == [expected], what
             continue
@@ -104,10 +107,10 @@ def test_bare_bases(
     for rng in tries:
         copy = fresh_copy(base, tmp_path / "base")
         what = damage(rng, copy)
-        found: list[bytes] = []
+        found: list[tuple[bytes, bytes, list[int]]] = []
         code = outcome(lambda found=found, copy=copy: found.append(answers(copy))).code  # type: ignore[misc]
         if code == 0:
-            assert torch.frombuffer(bytearray(found[0]), dtype=torch.float32).isfinite().all(), what
+            assert torch.frombuffer(bytearray(found[0][0]), dtype=torch.float32).isfinite().all(), what
         else:
             words = ["convert", "checkpoint", str(copy), "--to", "original", "--out", str(tmp_path / "llava")]
             outcome(lambda words=words: main(words), capsys)  # type: ignore[misc]
