@@ -18,8 +18,9 @@ from llava_sculpt.artifacts.inference import load_for_inference
 from llava_sculpt.cli import main
 from llava_sculpt.data.collator import TrainCollator
 from llava_sculpt.data.dataset import LlavaDataset
-from llava_sculpt.model.files import ADAPTER_FILE, CONNECTOR_FILE, RUN_FILE
+from llava_sculpt.model.files import ADAPTER_FILE, CONNECTOR_FILE
 from llava_sculpt.model.lora import lora_pairs
+from llava_sculpt.model.whole import check_files, read_run
 from llava_sculpt.names import EDITS, METHODS
 from tests.runs import Train
 
@@ -87,8 +88,9 @@ def test_post_prune(adapter: Path, tmp_path: Path) -> None:
         assert int(kept.sum()) == value.numel() // 5
         assert torch.equal(value[kept], trained[key][kept])
         assert trained[key][~kept].abs().max() <= value[kept].abs().min()
-    for name in (CONNECTOR_FILE, RUN_FILE):
-        assert (tmp_path / "pruned" / name).read_bytes() == (adapter / name).read_bytes()
+    assert (tmp_path / "pruned" / CONNECTOR_FILE).read_bytes() == (adapter / CONNECTOR_FILE).read_bytes()
+    run = read_run(tmp_path / "pruned")
+    assert run == {**read_run(adapter), "files": run["files"]} and check_files(tmp_path / "pruned", run["files"]) == []
     record = json.loads((tmp_path / "pruned" / EDIT_FILE).read_text())
     assert (record["method"], record["settings"]) == ("post_prune", {"density": 0.2})
     assert {key: float(value.sum()) for key, value in pruned.items()} == {

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llava_sculpt.artifacts.inference import load_for_inference
 from llava_sculpt.artifacts.model_card import write_model_card
 from llava_sculpt.cli import main
 from llava_sculpt.errors import UserError
@@ -56,9 +57,11 @@ def test_a_file_that_is_gone(run: Path, name: str, recorded: bool, capsys: pytes
         (run / RUN_FILE).write_text(json.dumps(record))
         check_whole(run)
     (run / name).unlink()
-    for words in (["inspect", run], ["merge", run, "--out", run.with_name("out")], ["eval", "--model", run]):
+    for words in (["inspect", run], ["merge", run, "--out", run.with_name("out")]):
         assert main([str(word) for word in words]) == 2
         assert f"{name}: missing" in capsys.readouterr().err
+    with pytest.raises(UserError, match=f"{name}: missing"):
+        load_for_inference(str(run))
 
 
 def test_a_kill_in_the_final_save(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,7 +134,7 @@ def test_private_outputs_under_a_private_umask(run: Path, tmp_path: Path) -> Non
         assert main(["export", str(file), "--format", "dense", "--out", str(out)]) == 0
     finally:
         os.umask(before)
-    assert {path: path.stat().st_mode & 0o077 for path in (tmp_path / "new").rglob("*")}.values() == {0}
+    assert {path.stat().st_mode & 0o077 for path in (tmp_path / "new").rglob("*")} == {0}
 
 
 def test_a_card_shows_markup_as_text(run: Path) -> None:
