@@ -152,7 +152,7 @@ def _metadata(folder: Path, base: str, results: Mapping[str, Any] | None) -> Mod
             )
             for task, title, metric, score in rows
         ]
-    here = os.path.isabs(base) or Path(find_upwards(base, folder)).is_dir()  # the Hub knows ids, not folders
+    here = os.path.isabs(base) or os.path.isdir(find_upwards(base, folder))  # the Hub knows ids, not folders
     fields: dict[str, Any] = {"license": "other", "license_name": "as-the-base-model"}
     if not here and "llava" in base and "1.5" in base:
         fields = {"license": "llama2"}

@@ -51,7 +51,7 @@ def open_base_of(adapter: Path, base: str | None = None, *, any_model: bool = Fa
     try:
         return open_checkpoint(named, any_model=any_model)
     except UserError as error:
-        if Path(named).is_dir():
+        if os.path.isdir(named):
             raise
         raise UserError(f"{adapter}: its base: {error}; name it with --base") from error
 
