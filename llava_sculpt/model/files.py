@@ -16,6 +16,10 @@ ADAPTER_FILE = "adapter_model.safetensors"
 CONNECTOR_FILE = "connector.safetensors"
 MASKS_FILE = "sculpt_masks.safetensors"
 RUN_FILE = "run.json"
+COMPLETE_FILE = "complete.json"  # of a checkpoint: {relative file name: sha256}
+# What the original LLaVA package writes in their place.
+PICKLED_ADAPTER = "adapter_model.bin"
+NON_LORA_FILE = "non_lora_trainables.bin"
 
 
 def read_tensors(file: Path, *, optional: bool = False) -> dict[str, torch.Tensor]:
