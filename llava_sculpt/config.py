@@ -195,6 +195,9 @@ class TrainingArguments(HfTrainingArguments):
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collator needs every field."})
     include_num_input_tokens_seen: str = field(default="all", metadata={"help": "Count tokens for tokens/s."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Log 0 in place of a loss that is not finite (training stops there anyway)."}
+    )
 
     hub_strategy: str = field(
         default="end", metadata={"help": "With --push_to_hub: upload the finished run.", "choices": ["end"]}
