@@ -19,7 +19,7 @@ from llava_sculpt.model.whole import read_run
 from llava_sculpt.names import METHODS
 from llava_sculpt.records import write_atomically
 
-_CARD = "README.md"
+CARD = "README.md"
 _SHOWN = (
     "method lora_r lora_alpha lora_dropout connector learning_rate mm_projector_lr num_train_epochs seed "
     "sculpt_density sculpt_warmup_steps sculpt_omega sculpt_alpha sculpt_beta sculpt_reduction"
@@ -112,7 +112,7 @@ Versions: {_plain(", ".join(f"{k} {v}" for k, v in run["versions"].items()))}.
 
 The base model and the training data have licences of their own, which this adapter is bound by as well.
 """
-    write_atomically(folder / _CARD, text.encode(errors="replace"))
+    write_atomically(folder / CARD, text.encode(errors="replace"))
 
 
 def upload_results(folder: Path) -> None:
@@ -125,7 +125,7 @@ def upload_results(folder: Path) -> None:
         api.upload_folder(
             repo_id=repository,
             folder_path=folder,
-            allow_patterns=[_CARD, "results.json", "*.png"],
+            allow_patterns=[CARD, "results.json", "*.png"],
             commit_message="Scores",
             revision=config["hub_revision"],
         )

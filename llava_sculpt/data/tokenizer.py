@@ -9,6 +9,7 @@ from pathlib import Path
 import sentencepiece
 
 from llava_sculpt.errors import UserError
+from llava_sculpt.records import check_regular
 
 _SPACE = "\u2581"  # SentencePiece writes a space as this character
 # Appended to a serialized ModelProto this sets normalizer_spec.add_dummy_prefix = false: of a message field that occurs
@@ -30,7 +31,7 @@ class LlavaTokenizer:
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(model_proto + _NO_DUMMY_PREFIX)
-        except RuntimeError as error:
+        except (RuntimeError, UnicodeError) as error:
             raise UserError(f"this is not a SentencePiece model ({error})") from error
         self.vocab_size: int = self._processor.GetPieceSize()
         self.bos_id: int = self._processor.bos_id()
@@ -49,6 +50,7 @@ class LlavaTokenizer:
     def from_dir(cls, path: str | Path) -> LlavaTokenizer:
         """Read ``tokenizer.model`` of a checkpoint folder; UserError if it is missing or broken."""
         file = Path(path) / "tokenizer.model"
+        check_regular(file)
         try:
             return cls(file.read_bytes())
         except OSError as error:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import distributed as dist
 from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
@@ -33,7 +34,7 @@ class LossTerm(_Base):
 
     It is added in the micro-step that ends the optimizer step, so it costs and counts the same however the step is
     split by gradient accumulation. Each process adds its share; gradient averaging over the processes makes it the
-    whole term.
+    whole term. Training stops with a UserError at the first optimizer step whose loss or gradient norm is not finite.
 
     Attributes:
         regularizer: the term; None adds nothing.
@@ -50,7 +51,34 @@ class LossTerm(_Base):
         loss: torch.Tensor = super().training_step(*args, **kwargs)
         if self._with_term and self.regularizer is not None:
             loss = loss + self.regularizer.value()
+        if self.accelerator.sync_gradients:  # the task's loss is a sum over the micro-steps before
+            self._stop_unless_finite("loss", self._task_loss + loss)
         return loss
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's, before the optimizer's step (under DeepSpeed behind it). Transformers 5 calls it."""
+        norm = super()._get_grad_norm(*args, **kwargs)
+        # The scaled gradients of fp16 may overflow: that step is skipped, and the scale lowered.
+        if norm is not None and not self.args.fp16:
+            self._stop_unless_finite("gradient norm", norm)
+        return norm
+
+    def _stop_unless_finite(self, what: str, value: torch.Tensor | float) -> None:
+        """Called once per optimizer step, before anything of it is saved. Collective: all processes stop together."""
+        value = torch.as_tensor(value, device=self.args.device)
+        bad = (~torch.isfinite(value)).float()
+        if dist.is_initialized():
+            dist.all_reduce(bad)
+        if not bad.any():
+            return
+        last = get_last_checkpoint(self.args.output_dir)
+        precision = "fp16 that overflows (try bf16), " if self.args.fp16 else ""
+        raise UserError(
+            f"step {self.state.global_step + 1}: the {what} is not finite: the training has diverged. Likely causes: a "
+            f"learning rate that is too high ({self.args.learning_rate:g}), {precision}broken samples or a broken base "
+            f"model. {f'The last checkpoint before it is {last}' if last else 'There is no checkpoint before it'}; "
+            "train with other settings in another output_dir"
+        )
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, *args: Any, **kwargs: Any

@@ -11,6 +11,11 @@ An interrupted run continues when the same command is given again.
 
 from __future__ import annotations
 
+from llava_sculpt.train.interrupt import INTERRUPTED, exit_on_signals
+
+if __name__ == "__main__":
+    exit_on_signals()  # the imports below take seconds
+
 import os
 import re
 import resource
@@ -27,6 +32,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, set_seed
 from transformers.utils.logging import disable_progress_bar
 
+from llava_sculpt.artifacts.model_card import CARD, write_model_card
 from llava_sculpt.artifacts.open import open_checkpoint
 from llava_sculpt.config import Config
 from llava_sculpt.config_reader import help_text, parse_config
@@ -37,20 +43,18 @@ from llava_sculpt.data.tokenizer import LlavaTokenizer
 from llava_sculpt.errors import UserError
 from llava_sculpt.memory.plan import check_fits, make_plan
 from llava_sculpt.model.checkpoint import BaseCheckpoint
-from llava_sculpt.model.files import ADAPTER_FILE, MASKS_FILE, RUN_FILE, read_tensors
+from llava_sculpt.model.files import ADAPTER_FILE, MASKS_FILE, read_tensors
 from llava_sculpt.model.load import check_bits, load_base
 from llava_sculpt.model.lora import CONNECTOR_TARGETS, LLM_TARGETS, REGULARIZED_LLM, inject_lora
-from llava_sculpt.model.whole import read_run
+from llava_sculpt.model.whole import seal_run
 from llava_sculpt.names import LORASCULPT, METHODS
-from llava_sculpt.records import file_sha256, versions, write_json
+from llava_sculpt.records import file_sha256, versions
 from llava_sculpt.sculpt import SculptSchedule
 from llava_sculpt.train.callback import check_masks
 from llava_sculpt.train.console import closing_block, say
-from llava_sculpt.train.run_folder import checkpoint_step, last_checkpoint, open_run
+from llava_sculpt.train.run_folder import Checkpoint, OpenRun, open_run, saving
 from llava_sculpt.train.trainer import LLaVASculptTrainer, LLaVATrainer
 from llava_sculpt.train.zero import engine_of_checkpoint, leave_together
-
-INTERRUPTED = 130  # the shell's exit code for ctrl-C
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -79,37 +83,35 @@ def train(config: Config, arguments: Sequence[str]) -> int:
     check_bits(config.model.bits)
     checkpoint = open_checkpoint(config.model.model_name_or_path)
     data = config.data
-    dataset, held_out = _open_dataset(config, checkpoint, data.data_path, data.image_folder), None
+    (dataset, images), held_out = _open_dataset(config, checkpoint, data.data_path, data.image_folder), None
     if data.eval_data_path is not None:
-        images = data.eval_image_folder or data.image_folder
-        held_out = _open_dataset(config, checkpoint, data.eval_data_path, images)
+        eval_folder = data.eval_image_folder or data.image_folder
+        held_out, _ = _open_dataset(config, checkpoint, data.eval_data_path, eval_folder)
     steps = config.optimizer_steps(len(dataset), config.training.world_size)
     _check_against_data(config, checkpoint, steps)
     _check_memory(config, checkpoint, dataset)
 
     output_dir = Path(config.training.output_dir)
-    record = _describe(config, checkpoint, len(dataset), steps)
+    record = _describe(config, checkpoint, len(dataset), steps, images)
     record["command"] = _command(arguments)
-    with config.training.main_process_first(local=False, desc="claiming the output folder"):
-        state = open_run(output_dir, record) if config.training.should_save else "new"
-    if config.training.world_size > 1:
-        state = read_run(output_dir).get("status", state)
-    if state == "finished":
-        if config.training.process_index == 0:
-            print(f"{output_dir}: this run is already finished")
-        return 0
-    resume_from = last_checkpoint(output_dir)
-    if resume_from is not None:
-        _check_resume(config, resume_from, steps)
-
-    _quiet_libraries(config)
-    trainer = build_trainer(config, checkpoint, dataset, held_out)
-    trainer.add_callback(_SayEngine(trainer, resume_from))
-    started = time.time()
-    with _StopOnSignal() if config.training.world_size == 1 else nullcontext() as interruption:
-        if interruption is not None:
-            trainer.add_callback(interruption)
-        result = trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+    with open_run(output_dir, record, claims=config.training.should_save) as run:
+        if run.finished:
+            if config.training.process_index == 0:
+                print(f"{output_dir}: this run is already finished")
+                if not (output_dir / CARD).exists():  # the last thing that is written
+                    write_model_card(output_dir)
+            return 0
+        if run.checkpoint is not None:
+            _check_resume(config, run.checkpoint, steps)
+        _quiet_libraries(config)
+        trainer = build_trainer(config, checkpoint, dataset, held_out)
+        trainer.resuming = run.checkpoint
+        trainer.add_callback(_SayEngine(trainer, run))
+        started = time.time()
+        with _StopOnSignal() if config.training.world_size == 1 else nullcontext() as interruption:
+            if interruption is not None:
+                trainer.add_callback(interruption)
+            result = trainer.train(None if run.checkpoint is None else str(run.checkpoint.path))
         if interruption is not None and interruption.received:
             print(
                 f"\n{output_dir}: stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; "
@@ -117,17 +119,20 @@ def train(config: Config, arguments: Sequence[str]) -> int:
                 file=sys.stderr,
             )
             return INTERRUPTED
-        trainer.save_model(_internal_call=True)  # without its upload, which would come before run.json is done
-        trainer.save_state()
+        with saving(output_dir, "the finished run"):
+            trainer.save_model(_internal_call=True)  # without its upload, which would come before run.json is done
+            trainer.save_state()
+            if trainer.is_world_process_zero():
+                record |= {
+                    "status": "finished",
+                    "engine": type(trainer.model_wrapped).__name__,
+                    "train_seconds": round(time.time() - started, 1),
+                    "train_loss": result.training_loss,
+                    "peak_memory_bytes": peak_memory(),
+                }
+                seal_run(output_dir, record)
+            trainer.create_model_card()
         if trainer.is_world_process_zero():
-            record |= {
-                "status": "finished",
-                "engine": type(trainer.model_wrapped).__name__,
-                "train_seconds": round(time.time() - started, 1),
-                "train_loss": result.training_loss,
-                "peak_memory_bytes": peak_memory(),
-            }
-            write_json(output_dir / RUN_FILE, record)
             print(closing_block(config, record, [log["loss"] for log in trainer.state.log_history if "loss" in log]))
     if config.training.push_to_hub:
         try:
@@ -137,15 +142,16 @@ def train(config: Config, arguments: Sequence[str]) -> int:
                 f"{output_dir}: the run is finished and saved, but could not be uploaded: {error}. "
                 f"By hand: hf upload REPOSITORY {output_dir} --exclude 'checkpoint-*'"
             ) from error
-    else:
-        trainer.create_model_card()
     leave_together()
     return 0
 
 
-def _open_dataset(config: Config, checkpoint: BaseCheckpoint, data_path: str, image_folder: str) -> LlavaDataset:
-    validate_dataset(data_path, image_folder)
-    return LlavaDataset(
+def _open_dataset(
+    config: Config, checkpoint: BaseCheckpoint, data_path: str, image_folder: str
+) -> tuple[LlavaDataset, str]:
+    """The samples, and the fingerprint of their images."""
+    images = validate_dataset(data_path, image_folder, allow_outside=config.data.allow_outside).images
+    dataset = LlavaDataset(
         data_path,
         image_folder,
         LlavaTokenizer.from_dir(checkpoint.path),
@@ -153,6 +159,7 @@ def _open_dataset(config: Config, checkpoint: BaseCheckpoint, data_path: str, im
         config.training.model_max_length,
         checkpoint.image_tokens,
     )
+    return dataset, images
 
 
 def _quiet_libraries(config: Config) -> None:
@@ -219,12 +226,12 @@ def gpu_memory() -> int | None:
     return torch.cuda.get_device_properties("cuda").total_memory if torch.cuda.is_available() else None
 
 
-def _check_resume(config: Config, checkpoint: Path, steps: int) -> None:
-    read_tensors(checkpoint / ADAPTER_FILE)
-    _check_engine(config, checkpoint)
+def _check_resume(config: Config, checkpoint: Checkpoint, steps: int) -> None:
+    read_tensors(checkpoint.path / ADAPTER_FILE)
+    _check_engine(config, checkpoint.path)
     if config.prunes:
         schedule = SculptSchedule(config.sculpt.sculpt_warmup_steps, steps)
-        check_masks(checkpoint, checkpoint_step(checkpoint), schedule, config.sculpt.sculpt_density)
+        check_masks(checkpoint.path, checkpoint.step, schedule, config.sculpt.sculpt_density)
 
 
 def _check_engine(config: Config, checkpoint: Path) -> None:
@@ -239,7 +246,7 @@ def _check_engine(config: Config, checkpoint: Path) -> None:
         raise UserError(f"{checkpoint}: written by {names[0]}, this launch is {names[1]}: launch it as before")
 
 
-def _describe(config: Config, checkpoint: BaseCheckpoint, samples: int, steps: int) -> dict[str, Any]:
+def _describe(config: Config, checkpoint: BaseCheckpoint, samples: int, steps: int, images: str) -> dict[str, Any]:
     base = {
         "path": config.model.model_name_or_path,
         "fingerprint": checkpoint.fingerprint(),
@@ -255,6 +262,11 @@ def _describe(config: Config, checkpoint: BaseCheckpoint, samples: int, steps: i
         "config": config.to_dict(),
         "base": base,
         "data": data,
+        "inputs": {
+            "tokenizer": file_sha256(checkpoint.path / "tokenizer.model"),
+            "preprocessor": file_sha256(checkpoint.path / "preprocessor_config.json"),
+            "images": images,
+        },
         "steps": steps,
         "global_batch_size": batch,
         "world_size": arguments.world_size,
@@ -324,7 +336,8 @@ def peak_memory() -> int:
 
 
 class _StopOnSignal(TrainerCallback):
-    """The first ctrl-C (or TERM) ends the current step, saves a checkpoint and stops; the second ends at once.
+    """The first ctrl-C (or TERM) ends the current step, saves a checkpoint and stops; the second does what it did
+    before (in this script: ends the process at once).
 
     A context: after it the process handles signals as before.
     """
@@ -342,7 +355,9 @@ class _StopOnSignal(TrainerCallback):
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if self.received:
-            raise KeyboardInterrupt
+            signal.signal(number, self._before[signal.Signals(number)])
+            signal.raise_signal(number)
+            return
         self.received = True
         print("\nstopping after this step (again: at once)", file=sys.stderr)
 
@@ -354,16 +369,23 @@ class _StopOnSignal(TrainerCallback):
 class _SayEngine(TrainerCallback):
     """Says what trains, and what it continues from."""
 
-    def __init__(self, trainer: LLaVATrainer, resume_from: Path | None) -> None:
-        self.trainer, self.resume_from = trainer, resume_from
+    def __init__(self, trainer: LLaVATrainer, run: OpenRun) -> None:
+        self.trainer, self.run = trainer, run
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.trainer.is_world_process_zero():
-            engine = type(self.trainer.model_wrapped).__name__
-            say(f"engine: {engine}, {args.world_size} process(es), device {args.device}, {state.max_steps} steps")
-            if self.resume_from is not None:
-                masks = "with its masks" if (self.resume_from / MASKS_FILE).is_file() else "without masks"
-                say(f"step {state.global_step}: resumed from {self.resume_from} {masks}")
+        if not self.trainer.is_world_process_zero():
+            return
+        engine = type(self.trainer.model_wrapped).__name__
+        say(f"engine: {engine}, {args.world_size} process(es), device {args.device}, {state.max_steps} steps")
+        if self.run.checkpoint is None:
+            return
+        folder = self.run.checkpoint.path
+        masks = "with its masks" if (folder / MASKS_FILE).is_file() else "without masks"
+        say(f"step {state.global_step}: resumed from {folder} {masks}")
+        split = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
+        if self.run.split != split:
+            before, now = (" x ".join(map(str, numbers)) for numbers in (self.run.split or (), split))
+            say(f"batch x accumulation x processes was {before}, is now {now}: the same steps, not the same bits")
 
 
 if __name__ == "__main__":

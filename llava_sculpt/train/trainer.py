@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
@@ -23,7 +24,7 @@ from llava_sculpt.names import PENALTIES
 from llava_sculpt.train.console import Bar, LogLines
 from llava_sculpt.train.mixin import LossTerm, SculptMixin
 from llava_sculpt.train.regularizer import SumRegularizer
-from llava_sculpt.train.run_folder import SAVING, publish_checkpoint
+from llava_sculpt.train.run_folder import SAVING, Checkpoint, publish_checkpoint, saving
 from llava_sculpt.train.zero import gather_working_copies
 
 
@@ -39,9 +40,13 @@ class LLaVATrainer(LossTerm, Trainer):
         config: the run.
         train_dataset: `LlavaDataset`. eval_dataset: the same of held-out samples, None without evaluation.
         data_collator: `TrainCollator`.
+
+    Attributes:
+        resuming: the checkpoint that `train` continues from, to be compared with its files once they are loaded.
     """
 
     model: PeftModel
+    resuming: Checkpoint | None = None
 
     def __init__(
         self, model: PeftModel, config: Config, train_dataset: Any, data_collator: Any, eval_dataset: Any = None
@@ -140,17 +145,12 @@ class LLaVATrainer(LossTerm, Trainer):
         """
         self._aside = True
         try:
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                publish_checkpoint(self._folder(), self.state.global_step, self.args.save_total_limit)
-            self.accelerator.wait_for_everyone()
-        # torch.save and safetensors report a full disk as RuntimeError and SafetensorError.
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise UserError(
-                f"{self.args.output_dir}: could not save the checkpoint of step {self.state.global_step}: {error}. "
-                "Make room or fix the permissions and run the same command again: it continues from the last one"
-            ) from error
+            with saving(self._folder(), f"the checkpoint of step {self.state.global_step}"):
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    publish_checkpoint(self._folder(), self.state.global_step, self.args.save_total_limit)
+                self.accelerator.wait_for_everyone()
         finally:
             self._aside = False
 
@@ -159,8 +159,42 @@ class LLaVATrainer(LossTerm, Trainer):
         return str(Path(root) / SAVING) if self._aside else root
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        load_connector(self.model, Path(resume_from_checkpoint))
+        with self._loading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            load_connector(self.model, Path(resume_from_checkpoint))
+
+    def _prepare_for_training(self, max_steps: Any, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        """The Trainer's; at a resume it loads optimizer, scheduler and scaler, or all that DeepSpeed has saved."""
+        with self._loading(resume_from_checkpoint):
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with self._loading(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+    @contextmanager
+    def _loading(self, checkpoint: str | None) -> Iterator[None]:
+        """Around what loads from a checkpoint, if one is given.
+
+        Raises:
+            UserError: it cannot be loaded (whatever the reason: files of older versions are not hashed), or files of it
+                vanished or changed meanwhile.
+        """
+        try:
+            yield
+        except (UserError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if checkpoint is None:
+                raise
+            reason = next(iter(str(error).splitlines()), "")
+            if not reason or "weights_only" in reason:  # PyTorch advises to run whatever code a file holds
+                reason = "damaged"
+            raise UserError(
+                f"{checkpoint}: cannot be loaded ({reason}); delete the folder to continue from an earlier state"
+            ) from error
+        if checkpoint is not None and self.resuming is not None:
+            self.resuming.check_unchanged()
 
 
 class _StepFacts(TrainerCallback):

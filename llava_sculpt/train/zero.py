@@ -66,6 +66,15 @@ def start_gloo() -> None:
     deepspeed.comm.init_distributed(dist_backend="gloo")
 
 
+def everyones(value: Any) -> list[Any]:
+    """`value` of every process, by rank. Collective."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def leave_together() -> None:
     """Wait until every process is done, then end their communication. Call it last; one process alone does nothing.
 

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 from llava_sculpt.errors import UserError
+from llava_sculpt.model.files import ADAPTER_FILE, CONNECTOR_FILE, write_tensors
+from llava_sculpt.records import WRITING, write_json
 from llava_sculpt.train import train as entry
 from llava_sculpt.train.train import main
 from tests.conftest import make_checkpoint
@@ -110,7 +115,13 @@ def test_folders_that_hold_something_else(train: Train, tmp_path: Path, capsys: 
     assert {file.name for file in folder.iterdir()} == {"cat.png"}
 
     assert train(folder / "cat.png" / "run") == 2  # as a folder without write permission
-    assert "cannot write" in capsys.readouterr().err
+    assert "cannot be made" in capsys.readouterr().err
+
+    for name in (".lock", f".run.json.abc{WRITING}"):  # left by a kill before run.json was there
+        (tmp_path / "killed" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "killed" / name).write_bytes(b"{")
+    assert train(tmp_path / "killed", max_steps=6) == 0
+    assert not list((tmp_path / "killed").glob(".*"))
 
 
 def test_resume_on_another_base_is_refused(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,6 +152,80 @@ def test_full_disk(
     assert (tmp_path / "run" / "checkpoint-3").is_dir()
     assert train(tmp_path / "run", max_steps=8, save_steps=3) == 0
     assert same_files(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.parametrize("place", ["model.adapter.write_tensors", "model.whole.write_json"])
+def test_full_disk_at_the_end(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    write = write_tensors if place.endswith("write_tensors") else write_json
+
+    def no_room(file: Path, content: Any) -> None:
+        if file.parent == tmp_path / "run":
+            raise OSError(28, "No space left on device")
+        write(file, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"llava_sculpt.{place}", no_room)
+        assert train(tmp_path / "run", max_steps=6) == 2
+    message = capsys.readouterr().err
+    assert "could not save the finished run" in message and "same command again" in message
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "running"
+    assert train(tmp_path / "run", max_steps=6) == 0
+    assert "step 6: resumed from" in capsys.readouterr().out
+    assert (tmp_path / "run" / "README.md").exists()
+
+    (tmp_path / "run" / CONNECTOR_FILE).unlink()
+    assert train(tmp_path / "run", max_steps=6) == 2
+    assert "the finished run is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["sculpt", "lora", "l2"])
+def test_training_that_diverges_stops(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
+) -> None:
+    options = {"method": method, "connector": "full", "learning_rate": 1e25, "save_steps": 1}
+    assert train(tmp_path / "run", **options) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and "is not finite" in errors[0] and "learning rate" in errors[0], errors
+    last = re.search(r"The last checkpoint before it is (\S+);", errors[0])
+    assert last, errors
+    assert all(bool(value.isfinite().all()) for value in load_file(Path(last[1]) / ADAPTER_FILE).values())
+    assert not (tmp_path / "run" / ADAPTER_FILE).exists()
+
+
+@pytest.mark.parametrize(
+    ("moment", "number"), [("imports", signal.SIGINT), ("loading", signal.SIGTERM), ("second", signal.SIGINT)]
+)
+def test_ends_in_one_line_wherever_it_is_interrupted(
+    flags: dict[str, str], tmp_path: Path, moment: str, number: signal.Signals
+) -> None:
+    folder = tmp_path / "run"
+    given = {**flags, "output_dir": str(folder), "num_train_epochs": "300", "logging_steps": "1000"}
+    command = [sys.executable, "-m", "llava_sculpt.train.train"]
+    command += [word for key, value in given.items() for word in (f"--{key}", value)]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+    )
+    assert process.stdout is not None
+    if moment == "imports":
+        time.sleep(0.5)
+    elif moment == "loading":
+        while not (folder / "run.json").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+    else:
+        assert "engine:" in process.stdout.readline()
+        process.send_signal(number)
+        time.sleep(0.001)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors and "again" in errors and errors.strip().count("\n") <= 3, errors
 
 
 def test_ctrl_c_leaves_a_state_to_continue(flags: dict[str, str], tmp_path: Path) -> None:
