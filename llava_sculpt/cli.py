@@ -246,6 +246,7 @@ def _score(options: argparse.Namespace) -> int:
 def _add_check_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", type=Path, metavar="TRAIN_JSON")
     parser.add_argument("--image_folder", type=Path, help="folder the records' image paths start from")
+    parser.add_argument("--allow_outside", action="store_true", help="image paths may lead out of that folder")
     parser.add_argument("--model", required=True, help="base model: its tokenizer and config.json are enough")
     parser.add_argument("--model_max_length", type=int, default=2048)
     parser.add_argument("--samples", type=int, default=3, help="records to show as the model is trained on them")
@@ -266,6 +267,7 @@ def _check_data(options: argparse.Namespace) -> int:
         checkpoint.image_tokens,
         options.model_max_length,
         options.samples,
+        allow_outside=options.allow_outside,
     )
     print(json.dumps(found) if options.json else format_check(found))
     return 0

@@ -53,6 +53,9 @@ class DataArguments:
     eval_image_folder: str | None = field(
         default=None, metadata={"help": "Folder of the held-out samples' images (default: image_folder)."}
     )
+    allow_outside: bool = field(
+        default=False, metadata={"help": "Let `image` paths lead out of image_folder (absolute, or with ..)."}
+    )
     image_aspect_ratio: str = field(default="pad", metadata={"help": "How images become square.", "choices": ["pad"]})
 
 
@@ -257,7 +260,7 @@ _DOES_NOT_CHANGE_THE_RESULT = frozenset(
     accelerator_config push_to_hub hub_model_id hub_token hub_strategy hub_private_repo hub_revision hub_always_push
     per_device_train_batch_size gradient_accumulation_steps activation_checkpointing gradient_checkpointing
     include_num_input_tokens_seen use_cpu ignore_plan deepspeed model_name_or_path data_path image_folder
-    eval_data_path eval_image_folder eval_strategy eval_steps eval_delay eval_on_start do_eval
+    eval_data_path eval_image_folder allow_outside eval_strategy eval_steps eval_delay eval_on_start do_eval
     per_device_eval_batch_size eval_accumulation_steps
     """.split()
 )

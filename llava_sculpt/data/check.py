@@ -25,6 +25,8 @@ def check_data(
     image_tokens: int,
     model_max_length: int = 2048,
     samples: int = 3,
+    *,
+    allow_outside: bool = False,
 ) -> dict[str, Any]:
     """Validate every record and image of a training file; returns its lengths and some encoded records.
 
@@ -46,7 +48,7 @@ def check_data(
         trained += sum(label != IGNORE_INDEX for label in labels)
         return length_problems(ids, labels, model_max_length, image_tokens)
 
-    records = validate_dataset(data_path, image_folder, measure)
+    records = validate_dataset(data_path, image_folder, measure, allow_outside=allow_outside).records
     ordered = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     shown = min(samples, len(records))
     return {

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import Dataset
 
 from llava_sculpt.data.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX, encode_record, record_problems
-from llava_sculpt.data.image_check import image_problems
+from llava_sculpt.data.image_check import check_images, images_fingerprint, outside_problem
 from llava_sculpt.data.images import ImagePreprocessor, load_rgb
 from llava_sculpt.data.tokenizer import LlavaTokenizer
 from llava_sculpt.errors import UserError
 from llava_sculpt.records import read_json
 
 MAX_PROBLEMS_SHOWN = 20
+
+
+class Validated(NamedTuple):
+    """The records of a training file, all sound, and the fingerprint of their images (`images_fingerprint`)."""
+
+    records: list[dict[str, Any]]
+    images: str
 
 
 def read_training_file(data_path: str | Path) -> list[Any]:
@@ -40,12 +47,15 @@ def validate_dataset(
     data_path: str | Path,
     image_folder: str | Path | None,
     more: Callable[[dict[str, Any]], list[str]] | None = None,
-) -> list[dict[str, Any]]:
-    """Check every record and every image of a training file; returns the records.
+    *,
+    allow_outside: bool = False,
+) -> Validated:
+    """Check every record and every image of a training file.
 
-    Needs neither model nor tokenizer. Each image is opened and read once. Image names start
-    from ``image_folder``, which may be None for a set without images. ``more`` returns (or raises as UserError) further
-    problems of a record that has none of its own. Raises one UserError with all problems.
+    Needs neither model nor tokenizer. Each image is read from the disk once. Image names start
+    from ``image_folder``, which may be None for a set without images, and may lead out of it only with
+    ``allow_outside``. ``more`` returns (or raises as UserError) further problems of a record that has none of its own.
+    Raises one UserError with all problems.
     """
     records = read_training_file(data_path)
     problems = _record_problems(records, more)
@@ -55,12 +65,16 @@ def validate_dataset(
         lines = [f"{data_path}: has samples with images, but {where} (image_folder)"]
         raise UserError(lines + _messages(data_path, records, problems))
     paths = {i: Path(str(image_folder)) / name for i, name in images.items()}
-    bad = image_problems(paths.values())
+    for i, name in images.items():
+        if not allow_outside and (outside := outside_problem(str(image_folder), name)):
+            problems[i].append(f"{outside} (allow_outside)")
+            del paths[i]
+    bad, hashes = check_images(paths.values())
     for i, path in paths.items():
         if path in bad:
             problems[i].append(f"{bad[path]}: {path}")
     _raise_if_any(data_path, records, problems)
-    return records
+    return Validated(records, images_fingerprint({images[i]: hashes[path] for i, path in paths.items()}))
 
 
 class LlavaDataset(Dataset[dict[str, Any]]):

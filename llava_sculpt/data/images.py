@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
-from llava_sculpt.data.image_check import image_error
+from llava_sculpt.data.image_check import image_error, open_image
 from llava_sculpt.errors import UserError
 
 
@@ -16,7 +16,7 @@ def load_rgb(path: str | Path) -> Image.Image:
     """The image in a file, as RGB. UserError if the file is missing, cut short or not an image."""
     problem = None
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             return image.convert("RGB")
     except Exception as error:  # a broken file makes Pillow raise nearly anything, SyntaxError included
         problem = image_error(Path(path), error)

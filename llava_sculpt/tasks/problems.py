@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llava_sculpt.data.image_check import image_problems
+from llava_sculpt.data.image_check import check_images
 from llava_sculpt.errors import UserError
 
 T = TypeVar("T")
@@ -43,7 +43,7 @@ class Problems:
 
     def raise_with_images(self) -> None:
         """Read every image that `image` found, then `raise_if_any`."""
-        for path, problem in image_problems(self._images).items():
+        for path, problem in check_images(self._images)[0].items():
             self.add(*self._images[path], f"{problem}: {path}")
         self.raise_if_any()
 

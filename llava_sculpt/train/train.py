@@ -144,7 +144,7 @@ def train(config: Config, arguments: Sequence[str]) -> int:
 
 
 def _open_dataset(config: Config, checkpoint: BaseCheckpoint, data_path: str, image_folder: str) -> LlavaDataset:
-    validate_dataset(data_path, image_folder)
+    validate_dataset(data_path, image_folder, allow_outside=config.data.allow_outside)
     return LlavaDataset(
         data_path,
         image_folder,

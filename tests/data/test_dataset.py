@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from llava_sculpt.data.conversation import IMAGE_TOKEN_INDEX
 from llava_sculpt.data.dataset import MAX_PROBLEMS_SHOWN, LlavaDataset, validate_dataset
@@ -91,6 +92,35 @@ def test_everything_wrong_is_told_with_file_and_record(tmp_path: Path, make_reco
     validate_dataset(write(tmp_path, records[:1]), tmp_path)
 
 
+def test_images_are_inside_the_image_folder_unless_they_may_be_elsewhere(
+    tmp_path: Path, make_record: MakeRecord
+) -> None:
+    folder = tmp_path / "images"
+    for place in (folder, tmp_path):
+        place.mkdir(exist_ok=True)
+        write_image(place, "20x30-RGB.png")
+    (folder / "linked").symlink_to(tmp_path)
+    inside = ["20x30-RGB.png", "./a/../20x30-RGB.png", str(folder / "20x30-RGB.png"), "linked/20x30-RGB.png"]
+    (folder / "a").mkdir()
+    validate_dataset(write(tmp_path, [make_record("<image>", "dog", image=name) for name in inside]), folder)
+    outside = ["../20x30-RGB.png", str(tmp_path / "20x30-RGB.png")]
+    path = write(tmp_path, [make_record("<image>", "dog", image=name) for name in outside])
+    with pytest.raises(UserError, match="record 2 of 2: the image .* is not inside the image folder") as caught:
+        validate_dataset(path, folder)
+    assert len(caught.value.problems) == 2
+    validate_dataset(path, folder, allow_outside=True)
+
+
+def test_the_fingerprint_of_the_images_follows_their_content(tmp_path: Path, make_record: MakeRecord) -> None:
+    write_image(tmp_path, "20x30-RGB.png")
+    path = write(tmp_path, [make_record("<image>", "dog", image="20x30-RGB.png")])
+    before = validate_dataset(path, tmp_path).images
+    image = tmp_path / "20x30-RGB.png"
+    with Image.open(image) as picture:
+        picture.point(lambda value: 0).save(image)
+    assert validate_dataset(path, tmp_path).images != before
+
+
 def test_a_long_list_is_cut_and_counted(tmp_path: Path, make_record: MakeRecord) -> None:
     with pytest.raises(UserError) as caught:
         validate_dataset(write(tmp_path, [make_record("q", "")] * 33), None)
@@ -117,7 +147,7 @@ def test_a_file_that_is_no_data_set(tmp_path: Path, content: str, words: str) ->
 def test_a_file_or_folder_that_is_not_there(tmp_path: Path, make_record: MakeRecord) -> None:
     with pytest.raises(UserError, match=r"none\.json: file not found"):
         validate_dataset(tmp_path / "none.json", tmp_path)
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="a folder, not a file"):
         validate_dataset(tmp_path, tmp_path)
     path = write(tmp_path, [make_record("<image>", "dog", image="a.png")])
     with pytest.raises(UserError, match="there is no folder"):
