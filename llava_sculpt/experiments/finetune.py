@@ -18,7 +18,8 @@ from llava_sculpt.artifacts.model_card import upload_results, write_model_card
 from llava_sculpt.artifacts.open import open_checkpoint
 from llava_sculpt.errors import UserError
 from llava_sculpt.evaluation.figure import plot_source_target
-from llava_sculpt.evaluation.run import evaluate, load_tasks
+from llava_sculpt.evaluation.prepared import load_tasks
+from llava_sculpt.evaluation.run import evaluate
 from llava_sculpt.evaluation.table import format_details, format_table
 from llava_sculpt.experiments.tiny_data import prepare_tiny_world
 from llava_sculpt.model.adapter import read_run

@@ -48,7 +48,7 @@ def check_inputs(runs: list[Run]) -> dict[str, Any]:
     """
     from llava_sculpt.artifacts.open import open_checkpoint
     from llava_sculpt.config_reader import parse_config
-    from llava_sculpt.evaluation.run import load_tasks
+    from llava_sculpt.evaluation.prepared import load_tasks
     from llava_sculpt.experiments.finetune import DATA, MODEL, missing_for_paper, training_data
     from llava_sculpt.experiments.tiny_data import prepare_tiny_world
     from llava_sculpt.records import file_sha256

@@ -105,7 +105,7 @@ def test_images_are_inside_the_image_folder_unless_they_may_be_elsewhere(
     validate_dataset(write(tmp_path, [make_record("<image>", "dog", image=name) for name in inside]), folder)
     outside = ["../20x30-RGB.png", str(tmp_path / "20x30-RGB.png")]
     path = write(tmp_path, [make_record("<image>", "dog", image=name) for name in outside])
-    with pytest.raises(UserError, match="record 2 of 2: the image .* is not inside the image folder") as caught:
+    with pytest.raises(UserError, match=r"record 2 of 2: the image .* is not inside the image folder") as caught:
         validate_dataset(path, folder)
     assert len(caught.value.problems) == 2
     validate_dataset(path, folder, allow_outside=True)
