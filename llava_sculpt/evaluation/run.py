@@ -201,7 +201,7 @@ def _check_model(out_dir: Path, inputs: Inputs, loaded: Inference, label: str) -
 def _key(inputs: Inputs, task: Task, max_new_tokens: int) -> str:
     """What decides the answers to a task: model, processing, questions, images, decoding, and the code that does it."""
     parts = [llava_sculpt.__version__, torch.__version__, inputs["model"], inputs["processing"]]
-    parts += [task.fingerprint, inputs["images"][task.name], max_new_tokens]
+    parts += [task.fingerprint, inputs["images"][task.name], str(max_new_tokens)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
