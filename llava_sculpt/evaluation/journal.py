@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from llava_sculpt.errors import UserError
 from llava_sculpt.records import check_regular
 
 Answers = dict[Any, str]  # by question_id
@@ -41,7 +42,10 @@ class Journal:
         answers: Answers = {}
         for part in self.parts():
             check_regular(part)
-            content = part.read_bytes()
+            try:
+                content = part.read_bytes()
+            except OSError as error:
+                raise UserError(f"{part}: cannot be read: {error.strerror}") from error
             lines = content[: content.rfind(b"\n") + 1].split(b"\n")[:-1]
             try:
                 records = [json.loads(line) for line in lines]

@@ -147,7 +147,8 @@ def _zero_shot(task: str, scale: str) -> Results:
             and known["inputs"]["processing"] == processing_fingerprint(checkpoint.path)
         ):
             return known
-    file.unlink(missing_ok=True)
+    if file.is_file():
+        file.unlink()
     return evaluate_model(MODEL[scale], file.parent, [task, *SOURCES], scale, "Zero-shot")
 
 

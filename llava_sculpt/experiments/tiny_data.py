@@ -43,11 +43,14 @@ def prepare_tiny_world(root: Path, seed: int = 0) -> None:
         if _holds(root, current):
             return
         print(f"generating the tiny world in {root}", flush=True)
-        (root / _MARKER).unlink(missing_ok=True)
-        write_raw_world(root, seed)
-        for name in PAPER_TASKS:
-            prepare_benchmark(name, root / "raw" / name, root / name, **TASKS[name].tiny_options, overwrite=True)
-        write_json(root / _MARKER, current)
+        try:
+            (root / _MARKER).unlink(missing_ok=True)
+            write_raw_world(root, seed)
+            for name in PAPER_TASKS:
+                prepare_benchmark(name, root / "raw" / name, root / name, **TASKS[name].tiny_options, overwrite=True)
+            write_json(root / _MARKER, current)
+        except OSError as error:
+            raise UserError(f"{root}: cannot write the tiny world: {error}") from error
 
 
 def _holds(root: Path, world: dict[str, Any]) -> bool:
