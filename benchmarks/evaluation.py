@@ -30,7 +30,7 @@ from llava_sculpt.data.conversation import encode_prompt
 from llava_sculpt.data.images import load_rgb
 from llava_sculpt.evaluation.decode import Decoder, image_token_count
 from llava_sculpt.evaluation.generate import generate_answers
-from llava_sculpt.evaluation.run import Task, load_tasks
+from llava_sculpt.evaluation.prepared import Task, load_tasks
 from llava_sculpt.experiments.tiny_data import prepare_tiny_world
 
 ROOT = Path(__file__).parents[1]

@@ -123,7 +123,8 @@ def _eval(options: argparse.Namespace) -> int:
     from llava_sculpt.artifacts.open import fetch_folder
     from llava_sculpt.evaluation import processes
     from llava_sculpt.evaluation.calibrate import check_calibration, compare
-    from llava_sculpt.evaluation.run import choose_target, evaluate, load_tasks, tasks_of
+    from llava_sculpt.evaluation.prepared import load_tasks, tasks_of
+    from llava_sculpt.evaluation.run import choose_target, evaluate
     from llava_sculpt.evaluation.table import format_details, format_table
     from llava_sculpt.experiments.tiny_data import find_data
     from llava_sculpt.model.checkpoint import find_base_checkpoint
@@ -152,7 +153,7 @@ def _eval(options: argparse.Namespace) -> int:
         if processes.rank() == 0:
             print(f"data: {root}", flush=True)
         loaded = load_for_inference(options.model, base=options.base)
-        folder = options.output_dir or Path("runs/eval") / Path(options.model).absolute().name
+        folder = options.output_dir or Path("runs/eval") / _name_of_model(options.model)
         results = evaluate(
             loaded,
             tasks,
@@ -174,6 +175,12 @@ def _eval(options: argparse.Namespace) -> int:
     comparison, within = compare({name: entry["score"] for name, entry in results["tasks"].items()})
     print(f"\n{comparison}")
     return 0 if within else 1
+
+
+def _name_of_model(model: str) -> str:
+    """The name of its folder, for a checkpoint behind that of its run."""
+    path = Path(model).absolute()
+    return f"{path.parent.name}_{path.name}" if path.name.startswith("checkpoint-") else path.name
 
 
 def _add_prepare(parser: argparse.ArgumentParser) -> None:

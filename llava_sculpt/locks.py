@@ -32,10 +32,10 @@ def is_leftover(file: Path) -> bool:
 
 
 @contextmanager
-def folder_lock(folder: Path) -> Iterator[None]:
+def folder_lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Be the only process that works in a folder, which is made if need be; leftovers in it are removed.
 
-    The lock goes with its process, however that ends.
+    The lock goes with its process, however that ends. With `wait` another process is waited for.
 
     Raises:
         UserError: another process is at work there, or nothing can be written there.
@@ -44,14 +44,16 @@ def folder_lock(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot be made: {error.strerror}") from error
-    with _held(folder / _LOCK, folder):
+    with _held(folder / _LOCK, folder, wait):
         remove_leftovers(folder)
         yield
 
 
 @contextmanager
-def output_lock(path: Path) -> Iterator[None]:
-    """Be the only process that makes this file or folder, which is not there yet; leftovers of it are removed.
+def output_lock(path: Path, *, wait: bool = False) -> Iterator[None]:
+    """Be the only process that makes this file or folder; leftovers of it are removed.
+
+    With `wait` another process is waited for.
 
     Raises:
         UserError: another process is making it, or nothing can be written beside it.
@@ -60,15 +62,15 @@ def output_lock(path: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{path.parent}: cannot be made: {error.strerror}") from error
-    with _held(path.parent / f".{path.name}{_LOCK}", path):
+    with _held(path.parent / f".{path.name}{_LOCK}", path, wait):
         remove_leftovers(path.parent, glob.escape(path.name))
         yield
 
 
 @contextmanager
-def _held(lock_file: Path, what: Path) -> Iterator[None]:
+def _held(lock_file: Path, what: Path, wait: bool) -> Iterator[None]:
     try:
-        lock = FileLock(lock_file).acquire(blocking=False).lock
+        lock = FileLock(lock_file).acquire(blocking=wait).lock
     except Timeout as error:
         with suppress(OSError):
             owner = lock_file.read_text(encoding="utf-8").strip()

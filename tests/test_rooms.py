@@ -32,7 +32,7 @@ BELOW = {
         "memory",
     },
     "llava_patch": {"errors", "names", "config", "train"},
-    "tiny": {"errors", "data", "tasks"},
+    "tiny": {"errors", "locks", "records", "data", "tasks"},
     "experiments": {
         "errors",
         "locks",
@@ -40,6 +40,7 @@ BELOW = {
         "records",
         "config",
         "config_reader",
+        "data",
         "model",
         "artifacts",
         "memory",

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import json
 import sys
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from llava_sculpt.errors import UserError
+from llava_sculpt.records import check_regular
+
 Answers = dict[Any, str]  # by question_id
+
+
+def answer_record(question_id: Any, text: str) -> dict[str, Any]:
+    """An answer as it stands in a line, with the checksum that tells a damaged one."""
+    checksum = zlib.crc32(json.dumps([question_id, text]).encode())
+    return {"question_id": question_id, "text": text, "crc32": checksum}
 
 
 class Journal:
     """The answers to one task's questions: one append-only file per process beside the predictions.
 
-    `TASK.part<rank>.jsonl` begins with a line {"key": ...}, then holds one {"question_id", "text"} a line. `key` stands
-    for all that decides an answer; files with another key are of another evaluation. A line without its end, left by
-    a killed process, does not count.
+    `TASK.part<rank>.jsonl` begins with a line {"key": ...}, then holds an `answer_record` a line. `key` stands for all
+    that decides an answer; files with another key are of another evaluation. A line without its end, left by a killed
+    process, does not count.
     """
 
     def __init__(self, folder: Path, task: str, key: str) -> None:
@@ -31,12 +41,18 @@ class Journal:
         """All answers so far. Files of another evaluation, or damaged ones, are deleted, with a message on stderr."""
         answers: Answers = {}
         for part in self.parts():
-            content = part.read_bytes()
+            check_regular(part)
+            try:
+                content = part.read_bytes()
+            except OSError as error:
+                raise UserError(f"{part}: cannot be read: {error.strerror}") from error
             lines = content[: content.rfind(b"\n") + 1].split(b"\n")[:-1]
             try:
                 records = [json.loads(line) for line in lines]
                 if records and records[0] != {"key": self.key}:
                     raise ValueError("of another model, other questions or other settings")
+                if any(record != answer_record(record["question_id"], record["text"]) for record in records[1:]):
+                    raise ValueError("an answer is damaged")
                 answers |= {record["question_id"]: record["text"] for record in records[1:]}
             except (ValueError, TypeError, KeyError) as error:
                 print(f"{part}: not continued: {error}; starting {self.task} anew", file=sys.stderr)
@@ -51,7 +67,7 @@ class Journal:
         """Add answers to this process's file; after it returns, killing the process does not lose them."""
         if self._stream is None:
             self._stream = self._open(self.folder / f"{self.task}.part{rank}.jsonl")
-        lines = [json.dumps({"question_id": q, "text": text}, ensure_ascii=False) for q, text in answers.items()]
+        lines = [json.dumps(answer_record(q, text), ensure_ascii=False) for q, text in answers.items()]
         self._stream.write("".join(line + "\n" for line in lines).encode())
         self._stream.flush()
 

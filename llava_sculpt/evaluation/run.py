@@ -6,82 +6,30 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from difflib import get_close_matches
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tqdm import tqdm
+from typing_extensions import TypedDict
 
 import llava_sculpt
 from llava_sculpt.artifacts.inference import Inference
 from llava_sculpt.data.conversation import encode_prompt
+from llava_sculpt.data.processing import processing_fingerprint
 from llava_sculpt.errors import UserError
 from llava_sculpt.evaluation.decode import image_token_count
 from llava_sculpt.evaluation.generate import generate_answers
 from llava_sculpt.evaluation.journal import Journal
+from llava_sculpt.evaluation.prepared import Task
 from llava_sculpt.evaluation.processes import from_first, rank, share_out, world_size
-from llava_sculpt.evaluation.score_files import read_gold
+from llava_sculpt.evaluation.results_file import RESULTS_FILE, Inputs, Results, Settings, TaskResult, read_results_file
 from llava_sculpt.evaluation.scorers import scorer_of
-from llava_sculpt.names import PAPER_TASKS, SOURCES, TARGETS, TASKS
+from llava_sculpt.locks import folder_lock, remove_leftovers
+from llava_sculpt.names import SOURCES, TARGETS
 from llava_sculpt.records import versions, write_atomically, write_json
-from llava_sculpt.tasks.common import MANIFEST, json_lines, load_json
-from llava_sculpt.tasks.lines import read_records
-from llava_sculpt.tasks.problems import Problems
-
-Results = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Task:
-    """A split of a prepared data set, read and checked."""
-
-    name: str
-    split: str
-    questions: list[dict[str, Any]]
-    gold: dict[Any, Any]
-    image_folder: Path
-    prompt_style: str
-    fingerprint: str
-
-
-def tasks_of(name: str) -> list[str]:
-    """`all` (Targets and Sources), or a comma-separated list of task names, each once.
-
-    Raises:
-        UserError: a name that is not a task.
-    """
-    names = list(PAPER_TASKS) if name == "all" else [part.strip() for part in name.split(",") if part.strip()]
-    known = f"known: all, {', '.join(TASKS)}"
-    problems = [] if names else [f"--tasks: empty; {known}"]
-    for unknown in (part for part in names if part not in TASKS):
-        near = get_close_matches(unknown.lower(), TASKS, 1)
-        hint = f"did you mean {near[0]}?" if near else known
-        if "/" in unknown or Path(unknown).is_dir():
-            hint = f"it looks like a model, which --model takes; {known}"
-        problems.append(f"--tasks: {unknown} is not a task; {hint}")
-    if problems:
-        raise UserError(problems)
-    return list(dict.fromkeys(names))
-
-
-def load_tasks(names: Sequence[str], data_root: Path, split: str) -> list[Task]:
-    """Read the prepared data of every task in `names` from `data_root/<name>/`.
-
-    Call it before loading a model: one UserError lists every task that is not prepared, lacks the split, has a
-    malformed file, or misses images.
-    """
-    tasks: list[Task] = []
-    problems: list[str] = []
-    for name in names:
-        try:
-            tasks.append(_load_task(name, data_root / name, split))
-        except UserError as error:
-            problems += error.problems
-    if problems:
-        raise UserError(problems)
-    return tasks
+from llava_sculpt.tasks.common import json_lines
 
 
 def evaluate(
@@ -99,7 +47,7 @@ def evaluate(
 
     Processes of a process group share the questions out; all return the results, the first one writes. Answers
     are kept as they come (`evaluation/journal.py`): after a kill the same call, with any number of processes and any
-    batch size, answers only what is left.
+    batch size, answers only what is left. One evaluation at a time works in `out_dir`.
 
     Args:
         label: name of the model in the results.
@@ -110,20 +58,40 @@ def evaluate(
         The content of results.json: "model_id", "base" (the base checkpoint's fingerprint), "tasks" {name: score, n,
         split, metric, variant, prompt_style, decoding, and a benchmark's further numbers}, "source" (mean of the four
         Source tasks), "target", "target_task", "avg" (Eq. 42), each None if a part is missing, "settings" with
-        "config_hash", "versions". All scores are on the paper's scale. The hash covers data, prompts, decoding and
-        scorers, not model or batch size: equal hashes mean comparable scores.
+        "config_hash", "inputs" (fingerprints of model, tokenizer with preprocessor, and images), "versions". All scores
+        are on the paper's scale. The hash covers data, prompts, decoding and scorers, not model or batch size: equal
+        hashes mean comparable scores.
 
     Raises:
-        UserError: a batch size or number of tokens below 1, a wrong target, a folder that cannot be written.
+        UserError: a batch size or number of tokens below 1, a wrong target, images that cannot be used, a folder that
+            cannot be written, holds results of another model, or is in use.
     """
     if batch_size < 1 or max_new_tokens < 1:
         raise UserError(f"batch_size and max_new_tokens must be at least 1, got {batch_size} and {max_new_tokens}")
     target = choose_target([task.name for task in tasks], target)
+    inputs = from_first(lambda: _inputs(loaded, tasks))
+    with folder_lock(out_dir) if rank() == 0 else nullcontext():
+        from_first(lambda: _check_model(out_dir, inputs, loaded, label))
+        return _evaluate(loaded, tasks, out_dir, inputs, label, batch_size, max_new_tokens, okvqa_variant, target)
+
+
+def _evaluate(
+    loaded: Inference,
+    tasks: Sequence[Task],
+    out_dir: Path,
+    inputs: Inputs,
+    label: str,
+    batch_size: int,
+    max_new_tokens: int,
+    okvqa_variant: str,
+    target: str | None,
+) -> Results:
     split = tasks[0].split
     decoding = f"greedy, at most {max_new_tokens} new tokens"
     folder = out_dir / "predictions"
-    model = loaded.fingerprint()
-    journals = {task.name: Journal(folder, task.name, _key(model, task, max_new_tokens)) for task in tasks}
+    if rank() == 0:
+        remove_leftovers(folder)
+    journals = {task.name: Journal(folder, task.name, _key(inputs, task, max_new_tokens)) for task in tasks}
     known = from_first(lambda: {name: journal.read() for name, journal in journals.items()})
 
     def answer_rest(task: Task) -> None:
@@ -145,19 +113,21 @@ def evaluate(
         finally:
             journal.close()
 
-    def write_and_score() -> dict[str, dict[str, Any]]:
+    def write_and_score() -> dict[str, TaskResult]:
         scored = {}
+        (out_dir / RESULTS_FILE).unlink(missing_ok=True)  # of earlier predictions
         for task in tasks:
             answers = journals[task.name].read()
+            lost = sum(question["question_id"] not in answers for question in task.questions)
+            if lost:
+                raise UserError(f"{folder}: {lost} answers to {task.name} are gone: run the same command again")
             pairs = [(question["question_id"], answers[question["question_id"]]) for question in task.questions]
             metadata = {"split": split, "prompt_style": task.prompt_style, "decoding": decoding}
             _write_predictions(folder / f"{task.name}.jsonl", task, [text for _, text in pairs], label, metadata)
             variant = okvqa_variant if task.name == "okvqa" else "authors"
             score = scorer_of(task.name).score(task.gold, pairs, variant, None)
             entry = {key: getattr(score, key) for key in ("score", "n", "metric", "variant")}
-            scored[task.name] = {**entry, **metadata, **score.extra}
-        for journal in journals.values():
-            journal.remove()
+            scored[task.name] = cast(TaskResult, {**entry, **metadata, **score.extra})
         return scored
 
     total, before = sum(len(task.questions) for task in tasks), sum(map(len, known.values()))
@@ -171,34 +141,80 @@ def evaluate(
             raise UserError(f"{folder}: cannot write the predictions: {error}") from error
     from_first(lambda: None)  # the others may still answer
     scored = from_first(write_and_score)
-    settings = {
+    settings: Settings = {
         "split": split,
         "max_new_tokens": max_new_tokens,
         "data": {task.name: task.fingerprint for task in tasks},
         "prompt_styles": {task.name: task.prompt_style for task in tasks},
         "scorers": {name: f"{entry['metric']}, {entry['variant']}" for name, entry in scored.items()},
     }
-    results = {
+    results: Results = {
         "model_id": label,
         "base": loaded.checkpoint.fingerprint(),
         "tasks": scored,
         **summarise({name: entry["score"] for name, entry in scored.items()}, target),
         "settings": settings,
         "config_hash": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+        "inputs": inputs,
         "versions": versions(),
     }
     if rank() == 0:
-        write_json(out_dir / "results.json", results)
+        write_json(out_dir / RESULTS_FILE, results)
+        for journal in journals.values():
+            journal.remove()
     return results
 
 
-def _key(model_fingerprint: str, task: Task, max_new_tokens: int) -> str:
-    """What decides the answers to a task: model, questions, decoding, and the code that does it."""
-    parts = [llava_sculpt.__version__, torch.__version__, model_fingerprint, task.fingerprint, max_new_tokens]
+def _inputs(loaded: Inference, tasks: Sequence[Task]) -> Inputs:
+    images, problems = {}, []
+    for task in tasks:
+        try:
+            images[task.name] = task.images
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(problems)
+    processing = processing_fingerprint(loaded.checkpoint.path)
+    return {"model": loaded.fingerprint(), "processing": processing, "images": images}
+
+
+def _check_model(out_dir: Path, inputs: Inputs, loaded: Inference, label: str) -> None:
+    """Refuse a folder with results of another model, or with a results.json that is not ours."""
+    file = out_dir / RESULTS_FILE
+    if not file.exists():
+        return
+    advice = "choose another folder (--output_dir), or delete that file"
+    try:
+        known = read_results_file(file)
+    except UserError as error:
+        raise UserError([*error.problems, f"{file}: not the results of an evaluation: {advice}"]) from error
+    if "inputs" in known:
+        same = known["inputs"]["model"] == inputs["model"]
+    else:
+        same = (known["model_id"], known["base"]) == (label, loaded.checkpoint.fingerprint())
+    if not same:
+        raise UserError(
+            f"{file}: results of another model ({known['model_id']}), or of this one on another device: {advice}"
+        )
+
+
+def _key(inputs: Inputs, task: Task, max_new_tokens: int) -> str:
+    """What decides the answers to a task: model, processing, questions, images, decoding, and the code that does it."""
+    parts = [llava_sculpt.__version__, torch.__version__, inputs["model"], inputs["processing"]]
+    parts += [task.fingerprint, inputs["images"][task.name], str(max_new_tokens)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def summarise(scores: Mapping[str, float], target: str | None) -> dict[str, Any]:
+class Summary(TypedDict):
+    """Source, Target and Avg of Eq. 42, and the name of the Target task."""
+
+    source: float | None
+    target: float | None
+    target_task: str | None
+    avg: float | None
+
+
+def summarise(scores: Mapping[str, float], target: str | None) -> Summary:
     """Source (mean of the four Source tasks), Target and Avg = (Source + Target) / 2 (Eq. 42); None where unknown."""
     source = sum(scores[name] for name in SOURCES) / len(SOURCES) if all(n in scores for n in SOURCES) else None
     goal = scores.get(target) if target is not None else None
@@ -214,37 +230,6 @@ def choose_target(names: Sequence[str], target: str | None) -> str | None:
     if target not in present:
         raise UserError(f"--target {target}: not among the Target tasks in --tasks ({', '.join(present) or 'none'})")
     return target
-
-
-def _load_task(name: str, folder: Path, split: str) -> Task:
-    if not (folder / MANIFEST).is_file():
-        raise UserError(
-            f"{folder}: {name} is not prepared; run: llava-sculpt prepare {name} --raw raw/{name} --out {folder} "
-            "(data/README.md), or name the folder of the prepared data with --data_root"
-        )
-    manifest = load_json(folder / MANIFEST, dict)
-    file, gold_file = folder / f"{split}.jsonl", folder / f"{split}_annotations.json"
-    if not file.is_file() or not gold_file.is_file():
-        have = ", ".join(s for s in manifest.get("splits", {}) if s != "train") or "none"
-        raise UserError(f"{folder}: no split {split!r} (evaluation splits there: {have})")
-    questions = _read_questions(file)
-    images = (folder / manifest["image_folder"]).resolve()
-    missing = [q["image"] for q in questions if "image" in q and not (images / q["image"]).is_file()]
-    if missing:
-        raise UserError(f"{file}: {len(missing)} images are not in {images}, the first: {missing[0]}")
-    fingerprint = hashlib.sha256(file.read_bytes() + gold_file.read_bytes()).hexdigest()
-    return Task(name, split, questions, read_gold(name, gold_file), images, manifest["prompt_style"], fingerprint)
-
-
-def _read_questions(file: Path) -> list[dict[str, Any]]:
-    problems, seen = Problems(), set[int | str]()
-    records = read_records(file)
-    for where, record in records:
-        problems.identifier(record, "question_id", file, where, seen)
-        if "text" not in record:
-            problems.add(file, where, "no field 'text'")
-    problems.raise_if_any()
-    return [record for _, record in records]
 
 
 def _write_predictions(path: Path, task: Task, texts: Sequence[str], model_id: str, metadata: dict[str, Any]) -> None:

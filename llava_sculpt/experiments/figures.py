@@ -143,7 +143,7 @@ def layer_densities(rows: Sequence[Row]) -> Figure | None:
     for axes, row in zip(panels, shown, strict=True):
         found = [result["densities"] for result in row.results.values() if "densities" in result]
         by_kind: dict[str, dict[int, float]] = {}
-        for name in found[0]["modules"]:
+        for name in (n for n in found[0]["modules"] if all(n in densities["modules"] for densities in found)):
             match = re.search(r"layers\.(\d+)\.(?:.*\.)?(\w+)$", name)
             if match:
                 values = [densities["modules"][name][2] for densities in found]

@@ -6,24 +6,27 @@ LLaVA-1.5-7B, the real data sets); scale `tiny` is the same code on the embedded
 
 from __future__ import annotations
 
-import json
 import subprocess
+import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from llava_sculpt.artifacts.inference import load_for_inference
 from llava_sculpt.artifacts.model_card import upload_results, write_model_card
 from llava_sculpt.artifacts.open import open_checkpoint
+from llava_sculpt.data.processing import processing_fingerprint
 from llava_sculpt.errors import UserError
 from llava_sculpt.evaluation.figure import plot_source_target
-from llava_sculpt.evaluation.run import evaluate, load_tasks
+from llava_sculpt.evaluation.prepared import load_tasks
+from llava_sculpt.evaluation.results_file import RESULTS_FILE, Results, read_results_file
+from llava_sculpt.evaluation.run import evaluate
 from llava_sculpt.evaluation.table import format_details, format_table
 from llava_sculpt.experiments.tiny_data import prepare_tiny_world
 from llava_sculpt.model.checkpoint import find_base_checkpoint
 from llava_sculpt.model.whole import read_run
 from llava_sculpt.names import METHODS, SOURCES, config_file
+from llava_sculpt.tasks.common import read_manifest
 from llava_sculpt.train.train import main as train_main
 
 PAPER_MODEL = "llava-hf/llava-1.5-7b-hf"
@@ -128,55 +131,74 @@ def launch_training(task: str, scale: str, config: Path, folder: Path, flags: li
 def training_data(task: str, scale: str) -> tuple[Path, Path]:
     """The training JSON of a Target task, and the folder its images are in."""
     prepared = DATA[scale] / task
-    images = json.loads((prepared / "manifest.json").read_text(encoding="utf-8"))["image_folder"]
-    return prepared / "train.json", (prepared / images).resolve()
+    return prepared / "train.json", (prepared / read_manifest(prepared, task)["image_folder"]).resolve()
 
 
-def _zero_shot(task: str, scale: str) -> dict[str, Any]:
-    """The untouched base model's results, evaluated once and kept while base and data stay the same."""
-    file = Path(f"runs/{scale}/{task}/zero_shot/results.json")
+def _zero_shot(task: str, scale: str) -> Results:
+    """The untouched base model's results, evaluated once and kept while base, processing, data and images are."""
+    file = Path(f"runs/{scale}/{task}/zero_shot") / RESULTS_FILE
     checkpoint = open_checkpoint(MODEL[scale])
-    if file.is_file():
-        known = json.loads(file.read_text(encoding="utf-8"))
-        data = {t.name: t.fingerprint for t in load_tasks([task, *SOURCES], DATA[scale], "test")}
-        if known["settings"]["data"] == data and known["base"] == checkpoint.fingerprint():
+    known = _read_or_skip(file) if file.is_file() else None
+    if known is not None and "inputs" in known and known["base"] == checkpoint.fingerprint():
+        tasks = load_tasks([task, *SOURCES], DATA[scale], "test")
+        if (
+            known["settings"]["data"] == {t.name: t.fingerprint for t in tasks}
+            and known["inputs"]["images"] == {t.name: t.images for t in tasks}
+            and known["inputs"]["processing"] == processing_fingerprint(checkpoint.path)
+        ):
             return known
+    if file.is_file():
+        file.unlink()
     return evaluate_model(MODEL[scale], file.parent, [task, *SOURCES], scale, "Zero-shot")
 
 
-def evaluate_run(folder: Path, task: str, scale: str) -> dict[str, Any]:
+def evaluate_run(folder: Path, task: str, scale: str) -> Results:
     """Evaluate a finished run on its Target and the four Source tasks; writes its results.json."""
     run = read_run(folder)["config"]
     label = f"{METHODS[run['method']].label} r={run['lora_r']} seed {run['seed']}"
     return evaluate_model(str(folder), folder, [task, *SOURCES], scale, label)
 
 
-def evaluate_model(
-    model: str, folder: Path, tasks: list[str], scale: str, label: str, split: str = "test"
-) -> dict[str, Any]:
+def evaluate_model(model: str, folder: Path, tasks: list[str], scale: str, label: str, split: str = "test") -> Results:
     """Evaluate a base model or an adapter with the scale's data and batch; writes results.json into `folder`."""
     print(f"evaluating {label} ({model}) on {split}", flush=True)
     prepared = load_tasks(tasks, DATA[scale], split)
     return evaluate(load_for_inference(model), prepared, folder, label=label, batch_size=EVAL_BATCH[scale])
 
 
-def _show(task: str, scale: str, folder: Path, zero_shot: dict[str, Any], results: dict[str, Any]) -> None:
+def _read_or_skip(file: Path) -> Results | None:
+    """The results in a file; None for a damaged one, said in a line."""
+    try:
+        return read_results_file(file)
+    except UserError as error:
+        print(f"not used: {error.problems[0]}", file=sys.stderr)
+        return None
+
+
+def _comparable(earlier: Results, results: Results) -> bool:
+    same = [earlier[key] == results[key] for key in ("config_hash", "base", "target_task")]
+    if "inputs" in earlier:
+        same += [earlier["inputs"][key] == results["inputs"][key] for key in ("processing", "images")]
+    return all(same) and None not in (earlier["source"], earlier["target"])
+
+
+def _show(task: str, scale: str, folder: Path, zero_shot: Results, results: Results) -> None:
     rows = [("Zero-shot", zero_shot)]
-    for file in sorted(Path(f"runs/{scale}/{task}").glob("*/results.json")):
-        earlier = json.loads(file.read_text(encoding="utf-8"))
+    for file in sorted(Path(f"runs/{scale}/{task}").glob(f"*/{RESULTS_FILE}")):
         if file.parent.resolve() in (folder.resolve(), Path(f"runs/{scale}/{task}/zero_shot").resolve()):
             continue
+        earlier = _read_or_skip(file)
         # Only what was scored on the same questions, in the same way, may stand in one table.
-        if earlier["config_hash"] == results["config_hash"] and earlier["base"] == results["base"]:
+        if earlier is not None and _comparable(earlier, results):
             rows.append((earlier["model_id"], earlier))
     rows.append((f"{results['model_id']} (this run)", results))
     write_model_card(folder, results, f"{format_table([rows[0], rows[-1]])}\n\n{format_details(results)}")
     figure = folder / "source_target.png"
     plot_source_target(
-        [(label, row["source"], row["target"]) for label, row in rows],
+        [(label, row["source"] or 0.0, row["target"] or 0.0) for label, row in rows],  # all were evaluated
         figure,
         target_name=task,
         title=f"{task}, {scale} scale",
     )
-    print(f"\n{format_table(rows)}\n\nfigure: {figure}\nresults: {folder / 'results.json'}")
+    print(f"\n{format_table(rows)}\n\nfigure: {figure}\nresults: {folder / RESULTS_FILE}")
     upload_results(folder)

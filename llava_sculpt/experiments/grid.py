@@ -104,12 +104,12 @@ class Run:
     def name(self) -> str:
         """Name of the result file: for a person, made unique by a hash of the identity."""
         split = [] if self.split == "test" else [self.split]
-        return "_".join([*self._words, *split, _hash(self.identity)])
+        return "_".join([*self._words, *split, identity_hash(self.identity)])
 
     @property
     def adapter_name(self) -> str:
         """Name of the adapter's folder, the same for all splits."""
-        return "_".join([*self._words, _hash({**self.trained_identity, "edit": [self.method, *self.edit]})])
+        return "_".join([*self._words, identity_hash({**self.trained_identity, "edit": [self.method, *self.edit]})])
 
     @property
     def _words(self) -> list[str]:
@@ -296,7 +296,8 @@ def _effective(scale: str, method: str, settings: dict[str, Any]) -> dict[str, A
     return {**kept, "global_batch_size": batch if scale == "tiny" else _PAPER_BATCH}
 
 
-def _hash(identity: dict[str, Any]) -> str:
+def identity_hash(identity: dict[str, Any]) -> str:
+    """What ends the name of a run."""
     return hashlib.sha256(json.dumps(_plain(identity), sort_keys=True).encode()).hexdigest()[:10]
 
 

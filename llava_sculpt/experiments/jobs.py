@@ -6,7 +6,6 @@ made once: LoRA's feeds DARE, Model Tailor and post-pruning. A result that is th
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,8 +13,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from typing_extensions import NotRequired, TypedDict
+
 from llava_sculpt.experiments.grid import Run
 from llava_sculpt.names import ZERO_SHOT
+from llava_sculpt.records import read_checked
 
 # Seconds assumed where nothing was measured: training of one epoch, an edit, scoring of one model. Tiny: one thread on
 # a core of a shared machine. Paper: 4 x RTX 4090, computed (docs/reproduce.md).
@@ -23,6 +25,10 @@ _ASSUMED = {
     "tiny": {"train": 45.0, "edit": 20.0, "evaluate": 15.0},
     "paper": {"train": 900.0, "edit": 900.0, "evaluate": 4500.0},
 }
+
+
+class _Run(TypedDict):
+    status: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ def is_made(run: Run) -> bool:
     if run.parent is not None:
         return folder.is_dir()
     file = folder / "run.json"
-    return file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("status") == "finished"
+    return file.is_file() and read_checked(file, _Run).get("status") == "finished"
 
 
 def make_plan(runs: Iterable[Run], results: Mapping[str, dict[str, Any]]) -> list[Job]:

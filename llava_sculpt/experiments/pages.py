@@ -5,10 +5,12 @@ The pages are the templates `report.md` and `report.html` beside this module.
 
 from __future__ import annotations
 
+import html
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from llava_sculpt.experiments import figures
@@ -97,16 +99,22 @@ class Report:
         )
 
 
+def _plain(text: str) -> str:
+    """Text from result and grid files, so that Markdown takes none of it for markup."""
+    return re.sub(r"([\\`*|\[\]])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
+
+
 def render(report: Report, page: str) -> str:
     """One of PAGES, filled."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=select_autoescape(["html"]),
+        autoescape=page.endswith(".html"),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.filters["plain"] = _plain
     return environment.get_template(page).render(
         report=report,
         method=_METHOD,

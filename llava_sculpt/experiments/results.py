@@ -11,10 +11,16 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge
+from pydantic import Field
+from typing_extensions import NotRequired, TypedDict
 
 from llava_sculpt.errors import UserError
-from llava_sculpt.records import write_atomically
+from llava_sculpt.experiments.grid import identity_hash
+from llava_sculpt.names import SOURCES
+from llava_sculpt.records import read_checked, write_atomically
 
 RECORD = "record"  # the one part that may differ between two repetitions of a run
 # Student's t, 97.5 %, for 1 to 30 degrees of freedom.
@@ -23,6 +29,66 @@ _T = (
     *(2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860),
     *(2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484, 2.0452, 2.0423),
 )
+
+
+_ROUNDED = 2e-4  # the scores are written with four decimals
+Finite = Annotated[float, Field(ge=-1e9, le=1e9, allow_inf_nan=False)]
+
+
+class RunFacts(TypedDict):
+    """What a run is, as `grid.Run.identity` says it."""
+
+    task: str
+    method: str
+    seed: Annotated[int, Ge(1)] | None
+    split: Literal["val", "test"]
+    scale: str
+    settings: dict[str, Any]
+
+
+class Summary(TypedDict):
+    """Means of a run for a Target."""
+
+    source: Finite
+    target: Finite
+    avg: Finite
+
+
+class TaskScore(TypedDict):
+    """A task's score and what it is."""
+
+    score: Finite
+    n: Annotated[int, Ge(1)]
+    metric: str
+    variant: str
+
+
+class Record(TypedDict):
+    """What may differ between two repetitions of a run."""
+
+    seconds: dict[str, Annotated[Finite, Ge(0)]]
+    versions: dict[str, str]
+
+
+class Densities(TypedDict):
+    """Densities of A, B, BA and Theorem 3.1's, by module: one number for each of `parts`."""
+
+    parts: list[str]
+    total: list[Finite]
+    modules: Annotated[dict[str, list[Finite]], Field(min_length=1)]
+
+
+class RunResult(TypedDict):
+    """A result file, as far as it is relied on."""
+
+    run: RunFacts
+    scores: Annotated[dict[str, Summary], Field(min_length=1)]
+    tasks: dict[str, TaskScore]
+    base: str
+    data: dict[str, str]
+    record: Record
+    curve: NotRequired[dict[str, list[Finite]]]
+    densities: NotRequired[Densities]
 
 
 def results_folder(scale: str) -> Path:
@@ -52,15 +118,41 @@ def read_results(scale: str) -> dict[str, dict[str, Any]]:
     problems = []
     for file in sorted(results_folder(scale).glob("*.json")):
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            if not {"run", "scores", "tasks", RECORD} <= content.keys():
-                raise ValueError("parts are missing")
+            content: dict[str, Any] = {**read_checked(file, RunResult)}
+            _check_whole(file, content)
             found[file.stem] = content
-        except (ValueError, AttributeError) as error:
-            problems.append(f"{file}: not a result file ({error}); delete it and its run is done again")
+        except UserError as error:
+            problems += [f"{problem} (delete the file and its run is done again)" for problem in error.problems]
     if problems:
         raise UserError(problems)
     return found
+
+
+def _check_whole(file: Path, content: dict[str, Any]) -> None:
+    """Refuse what contradicts itself: a result of another run, a summary of other scores, cut lists.
+
+    Raises:
+        UserError: the first contradiction.
+    """
+    run = {key: value for key, value in content["run"].items() if key != "parent"}
+    problem, tasks = None, {name: task["score"] for name, task in content["tasks"].items()}
+    if not file.stem.endswith(f"_{identity_hash(run)}"):
+        problem = "run: not the run that the file is named after"
+    for target, summary in content["scores"].items():
+        if not {target, *SOURCES} <= tasks.keys():
+            problem = f"tasks: scores of {target} or of a Source task are missing"
+            break
+        source = sum(tasks[name] for name in SOURCES) / len(SOURCES)
+        wanted = {"source": source, "target": tasks[target], "avg": (source + tasks[target]) / 2}
+        if any(abs(summary[key] - value) > _ROUNDED for key, value in wanted.items()):
+            problem = f"scores.{target}: not what the tasks' scores come to"
+    curve, densities = content.get("curve", {}), content.get("densities")
+    if curve and ("step" not in curve or len({len(values) for values in curve.values()}) > 1):
+        problem = "curve: not one value of each quantity for each step"
+    if densities and {len(values) for values in (densities["total"], *densities["modules"].values())} != {4}:
+        problem = "densities: not four numbers for each module"
+    if problem:
+        raise UserError(f"{file}: {problem}")
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, float | None]:

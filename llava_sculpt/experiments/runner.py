@@ -7,7 +7,6 @@ continues from its last checkpoint, and the jobs of a killed runner end with it.
 from __future__ import annotations
 
 import itertools
-import json
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.forkserver
@@ -28,7 +27,7 @@ from llava_sculpt.experiments.jobs import Job, adapter_folder, adapter_root, mak
 from llava_sculpt.experiments.results import read_results, result_file
 from llava_sculpt.experiments.summary import choices_of, format_choices, format_rows, rows_of
 from llava_sculpt.experiments.worker import PRELOAD, check_inputs, do_job, log_file
-from llava_sculpt.records import write_json
+from llava_sculpt.records import checked, read_object, write_json
 
 _REFRESH_S = 1.0
 # By default glibc gives large freed blocks back to the system and takes them again at every operation; on a CPU that is
@@ -157,7 +156,7 @@ def _keep_adapters_of(origin: dict[str, Any], scale: str) -> None:
     root = adapter_root(scale)
     marker = root / "origin.json"
     here = {"base": origin["base"], **origin["train"]}
-    there = json.loads(marker.read_text(encoding="utf-8")) if marker.is_file() else {}
+    there = checked(read_object(marker), dict[str, str], marker) if marker.exists() else {}
     if any(there[key] != here[key] for key in there.keys() & here.keys()):
         aside = next(path for n in itertools.count(1) if not (path := root.with_name(f"{scale}.{n}")).exists())
         os.replace(root, aside)

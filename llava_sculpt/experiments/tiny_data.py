@@ -3,35 +3,61 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import shutil
 from pathlib import Path
+from typing import Any
+
+from typing_extensions import TypedDict
 
 import llava_sculpt.tasks
 import llava_sculpt.tiny
 from llava_sculpt.artifacts.merge import MERGE_FILE
+from llava_sculpt.errors import UserError
+from llava_sculpt.locks import folder_lock
 from llava_sculpt.model.adapter import base_of, find_upwards
 from llava_sculpt.model.files import ADAPTER_CONFIG
 from llava_sculpt.names import PAPER_TASKS, TASKS
-from llava_sculpt.records import write_json
+from llava_sculpt.records import read_checked, read_json, write_json
 from llava_sculpt.tasks import prepare_benchmark
 from llava_sculpt.tiny.world import write_raw_world
 
+_MARKER = "world.json"
+
+
+class _Base(TypedDict):
+    path: str
+
+
+class _Merged(TypedDict):
+    base: _Base
+
 
 def prepare_tiny_world(root: Path, seed: int = 0) -> None:
-    """Write `root`/raw/NAME and `root`/NAME for all six tasks, unless they are there and current (about 30 s)."""
-    marker = root / "world.json"
+    """Write `root`/raw/NAME and `root`/NAME for all six tasks, unless they are there and current (about 30 s).
+
+    Another process that does is waited for.
+    """
     current = {"seed": seed, "code": _code_hash()}
-    if marker.is_file() and json.loads(marker.read_text(encoding="utf-8")) == current:
+    if _holds(root, current):
         return
-    print(f"generating the tiny world in {root}", flush=True)
-    marker.unlink(missing_ok=True)
-    for name in PAPER_TASKS:
-        shutil.rmtree(root / name, ignore_errors=True)
-    write_raw_world(root, seed)
-    for name in PAPER_TASKS:
-        prepare_benchmark(name, root / "raw" / name, root / name, **TASKS[name].tiny_options)
-    write_json(marker, current)
+    with folder_lock(root, wait=True):
+        if _holds(root, current):
+            return
+        print(f"generating the tiny world in {root}", flush=True)
+        try:
+            (root / _MARKER).unlink(missing_ok=True)
+            write_raw_world(root, seed)
+            for name in PAPER_TASKS:
+                prepare_benchmark(name, root / "raw" / name, root / name, **TASKS[name].tiny_options, overwrite=True)
+            write_json(root / _MARKER, current)
+        except OSError as error:
+            raise UserError(f"{root}: cannot write the tiny world: {error}") from error
+
+
+def _holds(root: Path, world: dict[str, Any]) -> bool:
+    try:
+        return bool(read_json(root / _MARKER) == world)
+    except UserError:  # not there, or damaged: made anew
+        return False
 
 
 def find_data(model: str, base: str | None = None) -> Path:
@@ -47,7 +73,7 @@ def find_data(model: str, base: str | None = None) -> Path:
     if (folder / ADAPTER_CONFIG).is_file():
         name = base_of(folder, base)
     elif (folder / MERGE_FILE).is_file():
-        name = find_upwards(json.loads((folder / MERGE_FILE).read_text(encoding="utf-8"))["base"]["path"], folder)
+        name = find_upwards(read_checked(folder / MERGE_FILE, _Merged)["base"]["path"], folder)
     place = Path(name)
     if not place.is_dir() or place.absolute().parts[-2:] != ("data", "tiny_llava"):
         return Path("data")

@@ -7,7 +7,6 @@ runner). Heavy imports stay inside the functions, so that the runner can name th
 
 from __future__ import annotations
 
-import fcntl
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -17,16 +16,18 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from typing_extensions import TypedDict
 
 from llava_sculpt.errors import UserError
 from llava_sculpt.experiments.grid import Run
 from llava_sculpt.experiments.jobs import Job, adapter_folder, adapter_root, is_made
 from llava_sculpt.experiments.results import RECORD, result_file, write_result
+from llava_sculpt.locks import output_lock
 from llava_sculpt.names import EDITS, METHODS, PENALTIES, ZERO_SHOT
+from llava_sculpt.records import read_checked
 
 PRELOAD = [
     "llava_sculpt.experiments.finetune",
@@ -35,6 +36,10 @@ PRELOAD = [
 ]
 _CURVES = ("step", "loss", "task_loss", "cmr_llm", "cmr_connector", *(f"{name}_penalty" for name in PENALTIES))
 _CURVE_POINTS = 40
+
+
+class _TrainerState(TypedDict):
+    log_history: list[dict[str, float]]
 
 
 def check_inputs(runs: list[Run]) -> dict[str, Any]:
@@ -48,7 +53,7 @@ def check_inputs(runs: list[Run]) -> dict[str, Any]:
     """
     from llava_sculpt.artifacts.open import open_checkpoint
     from llava_sculpt.config_reader import parse_config
-    from llava_sculpt.evaluation.run import load_tasks
+    from llava_sculpt.evaluation.prepared import load_tasks
     from llava_sculpt.experiments.finetune import DATA, MODEL, missing_for_paper, training_data
     from llava_sculpt.experiments.tiny_data import prepare_tiny_world
     from llava_sculpt.records import file_sha256
@@ -126,7 +131,8 @@ def _end_with_runner() -> None:
 
 
 def _do(job: Job) -> int:
-    with _only_one(adapter_folder(job.run)):
+    # Another runner that does this job, or a job of a killed one that is about to end, is waited for.
+    with output_lock(log_file(job), wait=True):
         seconds: dict[str, float] = {}
         if job.run.method != ZERO_SHOT and not is_made(job.run):
             print(f"\n===== {job.label}: {adapter_folder(job.run)}", flush=True)
@@ -139,15 +145,6 @@ def _do(job: Job) -> int:
         if job.run.parent is not None:  # nothing builds on it, and it may be as large as the base model
             shutil.rmtree(adapter_folder(job.run))
     return 0
-
-
-@contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    """Wait for whoever works in that folder: another runner, or a job of a killed one that is about to end."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.parent / "logs" / f"{folder.name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _make_adapter(run: Run, seconds: dict[str, float]) -> int:
@@ -177,11 +174,13 @@ def _edit(run: Run, adapter: Path, folder: Path) -> None:
 
 
 def _score(run: Run, seconds: dict[str, float]) -> dict[str, Any]:
+    from llava_sculpt.evaluation.results_file import RESULTS_FILE
     from llava_sculpt.evaluation.run import summarise
     from llava_sculpt.experiments.finetune import MODEL, evaluate_model
     from llava_sculpt.model.whole import read_run
 
     folder, made = adapter_folder(run), run.method != ZERO_SHOT
+    (scores_folder(run) / RESULTS_FILE).unlink(missing_ok=True)  # perhaps of an adapter that was made anew since
     started = time.monotonic()
     results = evaluate_model(
         str(folder) if made else MODEL[run.scale], scores_folder(run), run.tasks, run.scale, run.name, run.split
@@ -191,11 +190,11 @@ def _score(run: Run, seconds: dict[str, float]) -> dict[str, Any]:
     if run.parent is None and "train_seconds" in trained:
         seconds["train"] = trained["train_seconds"]
     scores = {name: entry["score"] for name, entry in results["tasks"].items()}
-    summaries = {target: summarise(scores, target) for target in run.targets}
+    summaries = {target: summarise(scores, target) for target in run.targets}  # all parts were evaluated
     content: dict[str, Any] = {
         "run": {**run.identity, "parent": run.parent.adapter_name if run.parent else None},
         "scores": {
-            target: {key: round(summary[key], 4) for key in ("source", "target", "avg")}
+            target: {key: round(summary[key] or 0.0, 4) for key in ("source", "target", "avg")}
             for target, summary in summaries.items()
         },
         "tasks": {
@@ -225,7 +224,7 @@ def _score(run: Run, seconds: dict[str, float]) -> dict[str, Any]:
 
 def _curve(folder: Path) -> dict[str, list[float]]:
     """What training logged, thinned: quantity -> its values, `step` among them."""
-    history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    history = read_checked(folder / "trainer_state.json", _TrainerState)["log_history"]
     logs = [entry for entry in history if "loss" in entry]
     logs = logs[:: -(-len(logs) // _CURVE_POINTS) or 1]
     keys = [key for key in _CURVES if key in (logs or [{}])[0]]

@@ -5,15 +5,46 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
+
+from pydantic import Field
+from typing_extensions import NotRequired, TypedDict
 
 from llava_sculpt.errors import UserError
-from llava_sculpt.records import read_json
+from llava_sculpt.records import read_checked, read_json
 
 Record = dict[str, Any]
 T = TypeVar("T")
 
 MANIFEST = "manifest.json"
+
+
+class SplitSize(TypedDict):
+    """How many records a split holds."""
+
+    n: int
+
+
+class Manifest(TypedDict):
+    """What is relied on in the manifest of a prepared folder; `files` are the sha256 of its other files."""
+
+    name: str
+    splits: dict[str, SplitSize]
+    image_folder: Annotated[str, Field(pattern=r"^[^\x00]+$")]
+    prompt_style: str
+    files: NotRequired[dict[str, str]]
+
+
+def read_manifest(folder: Path, name: str) -> Manifest:
+    """The manifest of data set `name` in its prepared folder.
+
+    Raises:
+        UserError: missing, damaged, or of another data set.
+    """
+    manifest = read_checked(folder / MANIFEST, Manifest)
+    if manifest["name"] != name:
+        raise UserError(f"{folder / MANIFEST}: holds {manifest['name']!r}, not {name}")
+    return manifest
 
 
 def load_json(path: Path, kind: type[T]) -> T:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from llava_sculpt.errors import UserError
-from llava_sculpt.records import file_sha256, write_atomically
-from llava_sculpt.tasks.common import MANIFEST, Record, json_lines, load_json
+from llava_sculpt.locks import folder_lock
+from llava_sculpt.records import file_sha256, read_object, write_atomically
+from llava_sculpt.tasks.common import MANIFEST, Record, json_lines
 from llava_sculpt.tasks.problems import Problems
 from llava_sculpt.tasks.questions import Question, question_lines, read_question_file
 
@@ -39,7 +40,7 @@ class Preparation:
     val_samples: Annotated[int, "random validation questions"] = 1_000
     seed: Annotated[int, "of every random choice"] = 0
     questions: Annotated[Path | None, "question file: ask these questions in the test split"] = None
-    overwrite: Annotated[bool, "replace a folder prepared with other options or from other files"] = False
+    overwrite: Annotated[bool, "replace a folder prepared otherwise, or files that are not ours"] = False
     problems: Problems = field(default_factory=Problems, init=False)
     gold: dict[str, Any] = field(default_factory=dict, init=False)
     _sources: list[Path] = field(default_factory=list, init=False)
@@ -101,8 +102,9 @@ class Preparation:
         """Check all images, then write the prepared folder; returns its manifest.
 
         Every file is written aside and renamed, the manifest last: a folder with a manifest is complete. The same
-        request on the same sources leaves a complete folder untouched; a folder made from another request or
-        other sources is refused (UserError) without `overwrite`. Raises UserError with all problems noted.
+        request on the same sources leaves a complete folder untouched, and goes on with a half written one; a folder
+        made from another request or other sources, or with files of the same names that are not ours, is refused
+        (UserError) without `overwrite`. Raises UserError with all problems noted.
         """
         self.problems.raise_with_images()
         try:
@@ -112,29 +114,46 @@ class Preparation:
                 f"{self.name}: a text of the raw files holds half of a surrogate pair: {error.object!r}"
             ) from error
         manifest = self._manifest(files, prompt_style, license, images or self.raw)
-        manifest_path = self.out / MANIFEST
-        if manifest_path.exists() and not self.overwrite:
-            old = load_json(manifest_path, dict)
-            changed = sorted(key for key in old.keys() | manifest.keys() if old.get(key) != manifest.get(key))
-            if changed:
-                raise UserError(
-                    f"{self.out}: holds data prepared differently (differs in: {', '.join(changed)}). "
-                    "Choose another --out, or pass --overwrite to replace it."
-                )
-            hashes = manifest["files"].items()
-            if all((self.out / file).is_file() and file_sha256(self.out / file) == hashed for file, hashed in hashes):
-                return manifest
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            manifest_path.unlink(missing_ok=True)
-            for stale in _ALL_FILES - files.keys():
-                (self.out / stale).unlink(missing_ok=True)
-            for file, content in files.items():
-                write_atomically(self.out / file, content)
-            write_atomically(manifest_path, _json_bytes(manifest))
-        except OSError as error:
-            raise UserError(f"{self.out}: cannot write the prepared data: {error}") from error
+        if not self.overwrite and self._is_there(manifest):
+            return manifest
+        with folder_lock(self.out):
+            try:
+                if not self.overwrite and not (self.out / MANIFEST).exists():
+                    self._check_foreign(files)
+                (self.out / MANIFEST).unlink(missing_ok=True)
+                for stale in _ALL_FILES - files.keys():
+                    (self.out / stale).unlink(missing_ok=True)
+                for file, content in files.items():
+                    write_atomically(self.out / file, content)
+                write_atomically(self.out / MANIFEST, _json_bytes(manifest))
+            except OSError as error:
+                raise UserError(f"{self.out}: cannot write the prepared data: {error}") from error
         return manifest
+
+    def _is_there(self, manifest: Record) -> bool:
+        """Whether the folder is complete. UserError if it was made from another request or other sources."""
+        path = self.out / MANIFEST
+        if not path.exists():
+            return False
+        old = read_object(path)
+        changed = sorted(key for key in old.keys() | manifest.keys() if old.get(key) != manifest.get(key))
+        if changed:
+            raise UserError(
+                f"{self.out}: holds data prepared differently (differs in: {', '.join(changed)}). "
+                "Choose another --out, or pass --overwrite to replace it."
+            )
+        hashes = manifest["files"].items()
+        return all((self.out / file).is_file() and file_sha256(self.out / file) == hashed for file, hashed in hashes)
+
+    def _check_foreign(self, files: dict[str, bytes]) -> None:
+        """Without a manifest only what a killed preparation has written is ours: the very same content."""
+        there = [self.out / name for name in sorted(_ALL_FILES) if os.path.lexists(self.out / name)]
+        foreign = [path.name for path in there if not path.is_file() or path.read_bytes() != files.get(path.name)]
+        if foreign:
+            raise UserError(
+                f"{self.out}: holds files that this preparation did not write: {', '.join(foreign)}. "
+                "Choose another --out, or pass --overwrite to replace them."
+            )
 
     def _contents(self) -> dict[str, bytes]:
         files = {} if self._train is None else {"train.json": _json_bytes(self._train)}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llava_sculpt.data.image_check import check_images
+from llava_sculpt.data.image_check import check_images, outside_problem
 from llava_sculpt.errors import UserError
 
 T = TypeVar("T")
@@ -128,7 +129,10 @@ class Problems:
     def image(self, root: Path, candidates: Sequence[str], file: Path, where: str) -> str | None:
         """The first of `candidates` (relative to `root`) that is a file, to be read later; otherwise None, noted."""
         for candidate in candidates:
-            if (root / candidate).is_file():
+            if outside := outside_problem(root, candidate):
+                self.add(file, where, outside)
+                return None
+            if os.path.isfile(root / candidate):
                 self._images.setdefault(root / candidate, (file, where))
                 return candidate
         self.add(file, where, f"image not found: {' or '.join(str(root / c) for c in candidates)}")

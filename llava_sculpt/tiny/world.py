@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 from pathlib import Path
 
+from llava_sculpt.locks import output_lock
+from llava_sculpt.records import WRITING
 from llava_sculpt.tiny.draw import draw_world
 from llava_sculpt.tiny.raw_sources import WRITERS
 from llava_sculpt.tiny.raw_targets import write_coco, write_iconqa
@@ -15,20 +16,23 @@ from llava_sculpt.tiny.raw_targets import write_coco, write_iconqa
 def write_raw_world(out: Path, seed: int = 0) -> None:
     """Write `<out>/raw/<task>/` for the six tasks, replacing an earlier world. One seed, one set of bytes.
 
-    The folder is built aside and renamed at the end, so `<out>/raw` is complete or not there.
+    The folder is built aside and renamed at the end, so `<out>/raw` is complete or not there. Another process that
+    writes it is waited for; what a killed one left is removed.
     """
     world = draw_world(seed)
-    partial, raw = out / f"raw.partial-{os.getpid()}", out / "raw"
-    try:
-        write_iconqa(world, partial / "iconqa")
-        write_coco(world, partial / "coco")
-        for name, write in WRITERS.items():
-            write(world, partial / name, seed)
-        if raw.exists():
-            shutil.rmtree(raw)
-        partial.replace(raw)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    partial, raw = out / f".raw{WRITING}", out / "raw"
+    with output_lock(raw, wait=True):
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            write_iconqa(world, partial / "iconqa")
+            write_coco(world, partial / "coco")
+            for name, write in WRITERS.items():
+                write(world, partial / name, seed)
+            if raw.exists():
+                shutil.rmtree(raw)
+            partial.replace(raw)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def main() -> None:

@@ -76,6 +76,7 @@ def first_questions(root: Path, folder: Path, tasks: dict[str, int]) -> Path:
         (folder / name).mkdir(parents=True)
         manifest = json.loads((root / name / "manifest.json").read_text())
         manifest["image_folder"] = str((root / name / manifest["image_folder"]).resolve())
+        del manifest["files"]  # cut below
         (folder / name / "manifest.json").write_text(json.dumps(manifest))
         lines = (root / name / "test.jsonl").read_text().splitlines(keepends=True)[:count]
         (folder / name / "test.jsonl").write_text("".join(lines))

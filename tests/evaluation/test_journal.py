@@ -23,7 +23,7 @@ def test_answers_of_all_processes_come_back(tmp_path):
     assert list((tmp_path / "predictions").iterdir()) == []
 
 
-@pytest.mark.parametrize("keep", range(0, 70, 3))
+@pytest.mark.parametrize("keep", range(0, 100, 3))
 def test_a_file_cut_anywhere_gives_its_whole_lines_and_goes_on(tmp_path, keep):
     journal = written(tmp_path, {1: "one", 2: "two"})
     (part,) = journal.parts()
@@ -51,6 +51,14 @@ def test_a_damaged_file_is_not_continued(tmp_path, capsys):
     part.write_bytes(part.read_bytes().replace(b'"text": "one"', b'"text": one'))
     assert journal.read() == {}
     assert "not continued" in capsys.readouterr().err
+
+
+def test_a_flipped_bit_in_an_answer_is_noticed(tmp_path, capsys):
+    journal = written(tmp_path, {1: "one", 2: "two"})
+    (part,) = journal.parts()
+    part.write_bytes(part.read_bytes().replace(b'"two"', b'"twn"'))
+    assert journal.read() == {}
+    assert "an answer is damaged" in capsys.readouterr().err
 
 
 def test_other_tasks_are_left_alone(tmp_path):

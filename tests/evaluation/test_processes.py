@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llava_sculpt.evaluation.journal import answer_record
 from llava_sculpt.evaluation.processes import share_out
 from llava_sculpt.experiments.tiny_data import prepare_tiny_world
 from tests.evaluation.conftest import first_questions
@@ -118,7 +119,9 @@ def test_killed_it_continues_with_another_number_of_processes(data, alone, tmp_p
     # What was answered is taken as it is: a mark put into one record comes out in the predictions.
     lines = parts[0].read_text().splitlines()
     record = json.loads(lines[1])
-    parts[0].write_text("\n".join([lines[0], json.dumps({**record, "text": "marked"}), *lines[2:]]) + '\n{"torn')
+    parts[0].write_text(
+        "\n".join([lines[0], json.dumps(answer_record(record["question_id"], "marked")), *lines[2:]]) + '\n{"torn'
+    )
     done = run(*command(data, tmp_path, "--tasks", "gqa,iconqa", "--batch_size", "16"))
     assert done.returncode == 0, done.stderr
     predictions = [json.loads(line) for line in (tmp_path / "predictions/gqa.jsonl").read_text().splitlines()]

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from PIL import Image
 
 from llava_sculpt.errors import UserError
 from llava_sculpt.evaluation.figure import plot_source_target
-from llava_sculpt.evaluation.run import choose_target, evaluate, load_tasks, summarise, tasks_of
+from llava_sculpt.evaluation.journal import Journal
+from llava_sculpt.evaluation.prepared import load_tasks, tasks_of
+from llava_sculpt.evaluation.run import choose_target, evaluate, summarise
 from llava_sculpt.evaluation.table import format_details, format_table
+from llava_sculpt.locks import folder_lock
 
 IDS = {name: [f"{name}{i}" for i in range(3)] for name in ("ocrvqa", "iconqa", "gqa")}
 IDS |= {"okvqa": [1, 2, 3], "textvqa": [4, 5, 6], "coco": [7, 8, 9]}
@@ -58,6 +66,82 @@ def test_results_say_what_each_number_is(world, data_root, tmp_path):
     assert again == results
     other = run(world, data_root, tmp_path, list(IDS), target="iconqa", okvqa_variant="official")
     assert other["config_hash"] != results["config_hash"]
+
+
+def test_the_folder_of_another_model_is_refused_and_of_the_same_one_replaced(world, data_root, tmp_path):
+    file = tmp_path / "out" / "results.json"
+    results = run(world, data_root, tmp_path, ["gqa"])
+    assert run(world, data_root, tmp_path, ["gqa"], max_new_tokens=3)["config_hash"] != results["config_hash"]
+    other = {**results, "inputs": {**results["inputs"], "model": "0" * 64}}
+    old = {key: value for key, value in results.items() if key != "inputs"}
+    for content in (other, {**old, "model_id": "lora"}, {**old, "tasks": []}, {}):
+        file.write_text(json.dumps(content))
+        with pytest.raises(UserError, match="--output_dir"):
+            run(world, data_root, tmp_path, ["gqa"])
+        assert json.loads(file.read_text()) == content
+    file.write_text(json.dumps(old))
+    assert run(world, data_root, tmp_path, ["gqa"]) == results
+
+
+def test_one_evaluation_at_a_time_works_in_a_folder(world, data_root, tmp_path):
+    with folder_lock(tmp_path / "out"), pytest.raises(UserError, match="another process is at work there"):
+        run(world, data_root, tmp_path, ["gqa"])
+    assert run(world, data_root, tmp_path, ["gqa"])["tasks"]["gqa"]["n"] == 3
+
+
+def test_answers_to_other_images_or_by_other_processing_are_not_taken(world, data_root, pictures, tmp_path, capsys):
+    def answered(folder, processor):
+        """Whether the answers of a killed evaluation are taken; the images are those in `folder`."""
+        (task,) = load_tasks(["gqa"], data_root, "test")
+        task = replace(task, image_folder=folder)
+        loaded = replace(world, checkpoint=replace(world.checkpoint, path=processor))
+        with pytest.raises(KeyboardInterrupt), patch.object(Journal, "remove", side_effect=KeyboardInterrupt):
+            evaluate(loaded, [task], tmp_path / "out", label="random", max_new_tokens=4)
+        return "not continued" not in capsys.readouterr().err
+
+    images = shutil.copytree(pictures, tmp_path / "copies")
+    processor = shutil.copytree(world.checkpoint.path, tmp_path / "checkpoint")
+    assert answered(images, processor) and answered(pictures, processor)
+    before = (images / "1.png").stat()
+    Image.new("RGB", (11, 12), (1, 2, 3)).save(images / "1.png")
+    os.utime(images / "1.png", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert not answered(images, processor)
+    file = processor / "preprocessor_config.json"
+    file.write_text(file.read_text() + "\n")
+    assert not answered(images, processor)
+
+
+def test_prepared_files_that_were_changed_or_do_not_go_together(data_root):
+    folder = data_root / "gqa"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "files": {"test.jsonl": "0" * 64}}))
+    with pytest.raises(UserError, match="not as it was prepared"):
+        load_tasks(["gqa"], data_root, "test")
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "name": "okvqa"}))
+    with pytest.raises(UserError, match="holds 'okvqa', not gqa"):
+        load_tasks(["gqa"], data_root, "test")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "test.jsonl").write_text((folder / "test.jsonl").read_text().splitlines()[0])
+    with pytest.raises(UserError, match=r"does not go with test\.jsonl: .*2 questions without"):
+        load_tasks(["gqa"], data_root, "test")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"text": 5}, "field 'text' should be str"),
+        ({"question_id": [1]}, "needs a number or a text under 'question_id'"),
+        ({"image": 7}, "field 'image' should be str"),
+        ({"image": "../1.png"}, "is not inside the image folder"),
+        ({"text": "an <image> ?"}, "reserved text '<image>'"),
+    ],
+)
+def test_wrong_questions(data_root, change, words):
+    file = data_root / "gqa/test.jsonl"
+    first, *rest = file.read_text().splitlines()
+    file.write_text("\n".join([json.dumps({**json.loads(first), **change}), *rest]))
+    with pytest.raises(UserError, match=re.escape(words)):
+        load_tasks(["gqa"], data_root, "test")
 
 
 @pytest.mark.parametrize("option", [{"max_new_tokens": 0}, {"target": "coco"}])
@@ -126,6 +210,7 @@ def test_wrong_names_of_tasks(tasks, words):
 
 def test_question_lines_may_hold_unicode_line_separators(data_root):
     record = {"question_id": "iconqa0", "text": "a\u2028b", "image": "0.png"}
+    (data_root / "iconqa/test_annotations.json").write_text('[{"question_id": "iconqa0", "answer": "x"}]')
     (data_root / "iconqa/test.jsonl").write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
     assert load_tasks(["iconqa"], data_root, "test")[0].questions == [record]
 

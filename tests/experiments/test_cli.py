@@ -62,7 +62,9 @@ def test_every_method_is_one_flag_of_a_committed_recipe(
     prepared = tmp_path / "iconqa"
     prepared.mkdir()
     (prepared / "train.json").write_bytes((training_data / "train.json").read_bytes())
-    (prepared / "manifest.json").write_text(json.dumps({"image_folder": str(training_data / "images")}))
+    (prepared / "manifest.json").write_text(
+        json.dumps({"name": "iconqa", "splits": {}, "image_folder": str(training_data / "images"), "prompt_style": ""})
+    )
     monkeypatch.setitem(finetune.DATA, "tiny", tmp_path)
     configs = []
     monkeypatch.setattr(finetune, "train_main", lambda argv: configs.append(parse_config(argv)) or 0)

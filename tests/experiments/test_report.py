@@ -120,7 +120,20 @@ def test_damaged_results_are_named(here: Path) -> None:
         (here / "results/tiny/runs" / f"{name}.json").write_text(text)
     with pytest.raises(UserError) as caught:
         read_results("tiny")
-    assert [problem.split(":")[0][-6:] for problem in caught.value.problems] == ["a.json", "b.json", "c.json"]
+    named = dict.fromkeys(problem.split(":")[0][-6:] for problem in caught.value.problems)
+    assert list(named) == ["a.json", "b.json", "c.json"]
+
+
+def test_a_result_that_contradicts_itself_is_refused(here: Path) -> None:
+    run, other = all_runs(1)[:2]
+    good, file = made_up_result(run), result_file("tiny", run.name)
+    scores = {task: {**summary, "avg": summary["avg"] + 1} for task, summary in good["scores"].items()}
+    for change in ({"run": other.identity}, {"scores": scores}, {"tasks": {}}, {"curve": {"loss": [1.0]}}):
+        write_result(file, {**good, **change})
+        with pytest.raises(UserError, match=f"{run.name}.*done again"):
+            read_results("tiny")
+    write_result(file, good)
+    assert read_results("tiny") == {run.name: good}
 
 
 def test_results_of_another_base_or_data_are_left_out(here: Path) -> None:

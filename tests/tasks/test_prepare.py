@@ -109,6 +109,31 @@ def test_a_failed_write_leaves_no_manifest(make_raw, tmp_path, monkeypatch):
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
+def test_files_of_others_are_neither_deleted_nor_overwritten(make_raw, tmp_path):
+    raw, out = make_raw("gqa"), tmp_path / "out"
+    out.mkdir()
+    for name in ("train.json", "test.jsonl"):
+        (out / name).write_text("mine")
+    (out / "notes.txt").write_text("mine")
+    before = snapshot(out)
+    with pytest.raises(UserError, match=r"did not write: test\.jsonl, train\.json.*--overwrite"):
+        prepare_benchmark("gqa", raw, out)
+    assert snapshot(out) == before
+    prepare_benchmark("gqa", raw, out, overwrite=True)
+    assert (out / "notes.txt").read_text() == "mine" and not (out / "train.json").exists()
+
+
+def test_a_killed_preparation_is_continued(make_raw, tmp_path):
+    raw, out = make_raw("gqa"), tmp_path / "out"
+    prepare_benchmark("gqa", raw, out)
+    whole = {path.name: path.read_bytes() for path in out.iterdir()}
+    (out / "manifest.json").unlink()  # written last
+    (out / "test_annotations.json").unlink()
+    (out / ".test_annotations.json.x1.writing").write_text("half")
+    prepare_benchmark("gqa", raw, out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
+
+
 def test_iconqa_letter_and_text_styles_agree_with_their_gold(make_raw, tmp_path):
     raw = make_raw("iconqa")
     for style, instruction, answers in (
