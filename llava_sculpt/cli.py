@@ -28,6 +28,9 @@ def main(argv: list[str] | None = None) -> int:
         if arguments[:1] == [name]:  # flags of the others are not needed
             add_arguments(command)
     options, rest = parser.parse_known_args(arguments)
+    flags = [word.partition("=")[0] for word in arguments if word.startswith("--")]
+    if twice := sorted({flag for flag in flags if flags.count(flag) > 1}):
+        parser.error(f"given twice: {', '.join(twice)}")
     if rest and options.command not in ("finetune", "plan", "train"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.train_flags = rest

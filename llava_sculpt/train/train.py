@@ -12,7 +12,6 @@ An interrupted run continues when the same command is given again.
 from __future__ import annotations
 
 import os
-import re
 import resource
 import shlex
 import signal
@@ -29,7 +28,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from llava_sculpt.artifacts.open import open_checkpoint
 from llava_sculpt.config import Config
-from llava_sculpt.config_reader import help_text, parse_config
+from llava_sculpt.config_reader import help_text, parse_config, without_token
 from llava_sculpt.data.collator import TrainCollator
 from llava_sculpt.data.dataset import LlavaDataset, validate_dataset
 from llava_sculpt.data.images import ImagePreprocessor
@@ -89,7 +88,7 @@ def train(config: Config, arguments: Sequence[str]) -> int:
 
     output_dir = Path(config.training.output_dir)
     record = _describe(config, checkpoint, len(dataset), steps)
-    record["command"] = _command(arguments)
+    record["command"] = f"python -m llava_sculpt.train.train {shlex.join(without_token(arguments)[0])}"
     with config.training.main_process_first(local=False, desc="claiming the output folder"):
         state = open_run(output_dir, record) if config.training.should_save else "new"
     if config.training.world_size > 1:
@@ -260,16 +259,6 @@ def _describe(config: Config, checkpoint: BaseCheckpoint, samples: int, steps: i
         "seed": arguments.seed,
         "versions": versions(),
     }
-
-
-def _command(arguments: Sequence[str]) -> str:
-    """The command line for run.json and the model card, without the Hub's token."""
-    secret = re.compile(r"--hub[-_]token(=|$)")
-    kept = []
-    for before, word in zip(["", *arguments], arguments, strict=False):
-        if not secret.match(word) and not secret.fullmatch(before):
-            kept.append(word)
-    return f"python -m llava_sculpt.train.train {shlex.join(kept)}"
 
 
 def build_trainer(
