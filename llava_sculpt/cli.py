@@ -28,14 +28,14 @@ def main(argv: list[str] | None = None) -> int:
         if arguments[:1] == [name]:  # flags of the others are not needed
             add_arguments(command)
     options, rest = parser.parse_known_args(arguments)
-    flags = [word.partition("=")[0] for word in arguments if word.startswith("--")]
-    if twice := sorted({flag for flag in flags if flags.count(flag) > 1}):
-        parser.error(f"given twice: {', '.join(twice)}")
     if rest and options.command not in ("finetune", "plan", "train"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.train_flags = rest
     options.arguments = arguments
+    flags = [word.partition("=")[0] for word in arguments if word.startswith("--")]
     try:
+        if twice := sorted({flag for flag in flags if flags.count(flag) > 1}):
+            raise UserError(f"{flag}: given twice" for flag in twice)
         if options.command in ("finetune", "experiment", "report") and not Path("configs").is_dir():
             raise UserError("run this from the repository's folder (configs/ is not here)")
         return _COMMANDS[options.command][2](options)

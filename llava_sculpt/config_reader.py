@@ -208,7 +208,7 @@ def _fields() -> dict[str, _Field]:
 
 
 def _read_command_line(argv: Sequence[str], problems: list[str]) -> tuple[dict[str, Any], str | None]:
-    """`--key value`, `--key=value`, `--flag` and `--no_flag` -> ({key: value or list}, the --config path)."""
+    """`--key value`, `--key=value` and `--flag` -> ({key: value or list}, the --config path)."""
     values: dict[str, Any] = {}
     tokens = list(argv)
     while tokens:
@@ -225,9 +225,9 @@ def _read_command_line(argv: Sequence[str], problems: list[str]) -> tuple[dict[s
             given.append(tokens.pop(0))
         # An underscore and a hyphen are the same letter, as in Hugging Face's scripts.
         key = key.replace("-", "_")
-        field = _fields().get(key.removeprefix("no_"))
+        field = _fields().get(key)
         if not given and field is not None and bool in field.kinds:
-            given, key = [field.name == key], field.name
+            given = [True]
         if key == "local_rank":  # the DeepSpeed launcher passes it; the environment variable says the same
             continue
         if key in values:

@@ -150,7 +150,7 @@ def test_optimizer_schedule_and_launcher_are_tried_first(
     for name, value, problem in (
         ("lr_scheduler_kwargs", '{"no_such": 1}', "no_such"),
         ("lr_scheduler_type", "warmup_stable_decay", "num_decay_steps"),
-        ("optim", "galore_adamw", "optim_target_modules"),
+        ("optim", "galore_adamw", "GaLore"),
         ("optim_args", "x", "not enough values"),
     ):
         with pytest.raises(UserError, match=problem):
