@@ -32,7 +32,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.train_flags = rest
     options.arguments = arguments
+    flags = [word.partition("=")[0] for word in arguments if word.startswith("--")]
     try:
+        if twice := sorted({flag for flag in flags if flags.count(flag) > 1}):
+            raise UserError(f"{flag}: given twice" for flag in twice)
         if options.command in ("finetune", "experiment", "report") and not Path("configs").is_dir():
             raise UserError("run this from the repository's folder (configs/ is not here)")
         return _COMMANDS[options.command][2](options)

@@ -12,9 +12,51 @@ import torch
 from transformers import TrainingArguments as HfTrainingArguments
 
 from llava_sculpt.errors import UserError
-from llava_sculpt.names import LORASCULPT, PENALTIES, TRAINED
+from llava_sculpt.names import LORASCULPT, METHODS, PENALTIES, TRAINED
+from llava_sculpt.ranges import out_of_range
 
 CONNECTOR_MODES = ("full", "frozen", "lora", "sculpt")
+_COUNT, _POSITIVE, _NOT_NEGATIVE, _SHARE, _SEED = "[1, inf)", "(0, inf)", "[0, inf)", "[0, 1)", "[0, 4294967295]"
+# What the number fields below and Hugging Face's take. A field that is not here takes any that is finite.
+RANGES = {
+    "lora_r": _COUNT,
+    "lora_alpha": _POSITIVE,
+    "lora_dropout": _SHARE,
+    "reg_lambda": METHODS[PENALTIES[0]].fields["reg_lambda"][1],
+    "sculpt_density": "(0, 1]",
+    "sculpt_warmup_steps": _POSITIVE,  # lora_B starts at zero and has no magnitudes
+    "sculpt_omega": _POSITIVE,
+    "sculpt_alpha": _NOT_NEGATIVE,
+    "sculpt_beta": _NOT_NEGATIVE,
+    "model_max_length": _COUNT,
+    "learning_rate": _POSITIVE,
+    "mm_projector_lr": _POSITIVE,
+    "num_train_epochs": "(0, 1000000]",
+    "max_steps": "-1 or [1, inf)",
+    "warmup_steps": _NOT_NEGATIVE,
+    "weight_decay": _NOT_NEGATIVE,
+    "max_grad_norm": _NOT_NEGATIVE,
+    "adam_beta1": _SHARE,
+    "adam_beta2": _SHARE,
+    "adam_epsilon": _NOT_NEGATIVE,
+    "neftune_noise_alpha": _NOT_NEGATIVE,
+    "per_device_train_batch_size": _COUNT,
+    "per_device_eval_batch_size": _COUNT,
+    "gradient_accumulation_steps": _COUNT,
+    "eval_accumulation_steps": _COUNT,
+    "torch_empty_cache_steps": _COUNT,
+    "logging_steps": _POSITIVE,
+    "save_steps": _POSITIVE,
+    "eval_steps": _POSITIVE,
+    "eval_delay": _NOT_NEGATIVE,
+    "save_total_limit": _NOT_NEGATIVE,
+    "seed": _SEED,
+    "data_seed": _SEED,
+    "dataloader_num_workers": "[0, 1000]",
+    "dataloader_prefetch_factor": _COUNT,
+    "ddp_bucket_cap_mb": _COUNT,
+    "ddp_timeout": "[1, 1000000000]",
+}
 
 
 @dataclass
@@ -96,8 +138,8 @@ class SculptArguments:
             self.to_config()
         except UserError as error:
             problems += [f"sculpt_{problem}" for problem in error.problems]
-        if not self.reg_lambda >= 0:
-            problems.append(f"reg_lambda: must not be negative, got {self.reg_lambda}")
+        if wrong := out_of_range(self.reg_lambda, float, RANGES["reg_lambda"]):
+            problems.append(f"reg_lambda: {wrong}")
         return problems
 
     def to_config(self, **layers: Any) -> SculptConfig:
@@ -145,19 +187,13 @@ class SculptConfig:
     connector: str | None = None
 
     def __post_init__(self) -> None:
-        problems = []
-        if not 0 < self.density <= 1:
-            problems.append(f"density: must be in (0, 1], got {self.density}")
-        steps = self.warmup_steps
-        if not steps > 0:
-            problems.append(f"warmup_steps: must be above 0 (lora_B starts at zero and has no magnitudes), got {steps}")
-        elif steps > 1 and steps % 1:
-            problems.append(f"warmup_steps: whole steps, or a fraction below 1; got {steps}")
-        if not self.omega > 0:
-            problems.append(f"omega: must be above 0, got {self.omega}")
-        for name in ("alpha", "beta"):
-            if not getattr(self, name) >= 0:
-                problems.append(f"{name}: must not be negative, got {getattr(self, name)}")
+        problems = [
+            f"{name}: {wrong}"
+            for name in ("density", "warmup_steps", "omega", "alpha", "beta")
+            if (wrong := out_of_range(getattr(self, name), float, RANGES[f"sculpt_{name}"]))
+        ]
+        if not problems and self.warmup_steps > 1 and self.warmup_steps % 1:
+            problems.append(f"warmup_steps: whole steps, or a fraction below 1; got {self.warmup_steps}")
         if self.reduction not in ("mean", "sum"):
             problems.append(f"reduction: must be mean or sum, got {self.reduction!r}")
         for name in ("prune", "regularize", "connector"):
@@ -192,11 +228,13 @@ class TrainingArguments(HfTrainingArguments):
     optim: str = field(default="adamw_torch", metadata={"help": "Optimizer."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient clipping (also under DeepSpeed)."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
-    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept."})
+    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept (0: all)."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collator needs every field."})
-    include_num_input_tokens_seen: str = field(default="all", metadata={"help": "Count tokens for tokens/s."})
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Log 0 in place of a loss that is not finite (training stops there anyway)."}
+    )
+    include_num_input_tokens_seen: str = field(
+        default="all", metadata={"help": "Count tokens for tokens/s.", "choices": ["all", "non_padding", "no"]}
     )
 
     hub_strategy: str = field(

@@ -24,13 +24,13 @@ class Method:
         kind: `base` (the untouched model), `training` (LoRA trained in some way), `penalty` (LoRA trained with
             `methods/NAME.py`'s `NAME_penalty` in the loss) or `edit` (`artifacts/NAME.py`'s `NAME` changes a trained
             LoRA).
-        fields: its settings beside those of plain LoRA.
+        fields: its settings beside those of plain LoRA, each with the numbers that it takes (see ranges.py).
         whole_weight: a penalty that reads the frozen W, so that it cannot run with W in pieces (ZeRO-3).
     """
 
     label: str
     kind: str
-    fields: tuple[str, ...] = ()
+    fields: dict[str, tuple[type, str]] = field(default_factory=dict)
     whole_weight: bool = False
 
 
@@ -38,11 +38,11 @@ METHODS = {
     ZERO_SHOT: Method("Zero-shot", "base"),
     LORA: Method("LoRA", "training"),
     "dora": Method("DoRA", "training"),
-    "l2": Method("L2-Reg", "penalty", ("reg_lambda",)),
-    "orth": Method("Orth-Reg", "penalty", ("reg_lambda",), whole_weight=True),
-    "model_tailor": Method("Model Tailor", "edit", ("keep", "samples")),
-    "dare": Method("DARE", "edit", ("drop",)),
-    "post_prune": Method("Post-pruning", "edit", ("density",)),
+    "l2": Method("L2-Reg", "penalty", {"reg_lambda": (float, "[0, inf)")}),
+    "orth": Method("Orth-Reg", "penalty", {"reg_lambda": (float, "[0, inf)")}, whole_weight=True),
+    "model_tailor": Method("Model Tailor", "edit", {"keep": (float, "(0, 1]"), "samples": (int, "[1, inf)")}),
+    "dare": Method("DARE", "edit", {"drop": (float, "[0, 1)")}),
+    "post_prune": Method("Post-pruning", "edit", {"density": (float, "(0, 1]")}),
     LORASCULPT: Method("LoRASculpt", "training"),
 }
 TRAINED = tuple(name for name, method in METHODS.items() if method.kind in ("training", "penalty"))

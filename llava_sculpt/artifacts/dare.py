@@ -10,9 +10,8 @@ import torch
 from peft.utils.merge_utils import random_pruning
 from torch import Tensor
 
-from llava_sculpt.artifacts.edit import Base, write_record
+from llava_sculpt.artifacts.edit import Base, check_settings, write_record
 from llava_sculpt.artifacts.merge import open_adapter, rewrite_checkpoint
-from llava_sculpt.errors import UserError
 
 
 def dare(
@@ -34,8 +33,7 @@ def dare(
     Raises:
         UserError: not an adapter or of another base, drop out of range, `out` not empty or not writable.
     """
-    if not 0 <= drop < 1:
-        raise UserError(f"drop: must be in [0, 1), got {drop}")
+    check_settings("dare", drop=drop)
     checkpoint, updates, connector = open_adapter(adapter, base)
 
     def change(name: str, weight: Tensor) -> Tensor | None:

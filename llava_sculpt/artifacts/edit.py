@@ -3,9 +3,10 @@
     NAME(adapter: Path, out: Path, *, settings...)
 
 writes the new folder `out`, an adapter or a merged model, in one rename, with edit.json: what was done to which
-adapter, and the training's run.json. Its settings are keywords: fields of the method's row in names.py and any of
-`seed`, `base` (checkpoint in place of the one that the adapter names), `data_path` and `image_folder` (the training
-set). `Annotated[type, help]` and the default of each make the flag of `llava-sculpt edit NAME`.
+adapter, and the training's run.json. Its settings are keywords: fields of the method's row in names.py, which says
+what numbers they take (`check_settings`), and any of `seed`, `base` (checkpoint in place of the one that the adapter
+names), `data_path` and `image_folder` (the training set). `Annotated[type, help]` and the default of each make the flag
+of `llava-sculpt edit NAME`.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
+from llava_sculpt.errors import UserError
 from llava_sculpt.model.files import ADAPTER_FILE
 from llava_sculpt.model.whole import read_run
+from llava_sculpt.names import METHODS
+from llava_sculpt.ranges import out_of_range
 from llava_sculpt.records import file_sha256, versions, write_json
 
 EDIT_FILE = "edit.json"
@@ -54,6 +58,18 @@ def add_flags(parser: argparse.ArgumentParser, name: str) -> None:
             parser.add_argument(
                 f"--{key}", type=kind, default=parameter.default, help=f"{text} (default {parameter.default})"
             )
+
+
+def check_settings(name: str, **settings: Any) -> None:
+    """Check settings of an edit against its row in names.py.
+
+    Raises:
+        UserError: what is out of range, all at once.
+    """
+    fields = METHODS[name].fields
+    wrong = {key: out_of_range(value, *fields[key]) for key, value in settings.items()}
+    if any(wrong.values()):
+        raise UserError(f"{key}: {problem}" for key, problem in wrong.items() if problem)
 
 
 def write_record(folder: Path, adapter: Path, method: str, settings: dict[str, Any], **more: Any) -> None:

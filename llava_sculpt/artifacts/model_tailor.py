@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from llava_sculpt.artifacts.edit import Base, write_record
+from llava_sculpt.artifacts.edit import Base, check_settings, write_record
 from llava_sculpt.artifacts.merge import WeightUpdate, open_adapter, rewrite_checkpoint
 from llava_sculpt.artifacts.writing import check_new
 from llava_sculpt.data.collator import expand_image
@@ -68,10 +68,7 @@ def model_tailor(
     Raises:
         UserError: not an adapter of a LLaVA, or of another base, bad settings or data, `out` not empty or not writable.
     """
-    problems = [] if 0 < keep <= 1 else [f"keep: must be in (0, 1], got {keep}"]
-    problems += [] if samples >= 1 else [f"samples: must be at least 1, got {samples}"]
-    if problems:
-        raise UserError(problems)
+    check_settings("model_tailor", keep=keep, samples=samples)
     check_new(out)
     checkpoint, updates, connector = open_adapter(adapter, base)
     validate_dataset(data_path, image_folder)

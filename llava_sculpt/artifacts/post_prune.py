@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Annotated
 
-from llava_sculpt.artifacts.edit import write_record
+from llava_sculpt.artifacts.edit import check_settings, write_record
 from llava_sculpt.artifacts.writing import publish
 from llava_sculpt.errors import UserError
 from llava_sculpt.model.adapter import read_adapter
@@ -27,6 +27,7 @@ def post_prune(adapter: Path, out: Path, *, density: Annotated[float, "fraction 
     Raises:
         UserError: not an adapter, a density out of range, `out` not empty or not writable.
     """
+    check_settings("post_prune", density=density)
     tensors = read_adapter(adapter).tensors
     try:
         pruned = {

@@ -6,6 +6,8 @@ LLaVA-1.5-7B, the real data sets); scale `tiny` is the same code on the embedded
 
 from __future__ import annotations
 
+import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ import torch
 from llava_sculpt.artifacts.inference import load_for_inference
 from llava_sculpt.artifacts.model_card import upload_results, write_model_card
 from llava_sculpt.artifacts.open import open_checkpoint
+from llava_sculpt.config_reader import with_defaults, without_token
 from llava_sculpt.data.processing import processing_fingerprint
 from llava_sculpt.errors import UserError
 from llava_sculpt.evaluation.figure import plot_source_target
@@ -75,7 +78,7 @@ def finetune(
     if chosen == "tiny":
         prepare_tiny_world(DATA["tiny"])
     load_tasks([task, *SOURCES], DATA[chosen], "test")  # before hours of training, not after
-    flags = ["--method", method, "--lora_r", str(rank), "--seed", str(seed), *train_flags]
+    flags = with_defaults(train_flags, {"method": method, "lora_r": rank, "seed": seed})
     code = launch_training(task, chosen, config_file(chosen, task, method), folder, flags)
     if code != 0:
         return code
@@ -108,10 +111,10 @@ def launch_training(task: str, scale: str, config: Path, folder: Path, flags: li
         UserError: a number of GPUs that the global batch cannot be split over.
     """
     data_path, image_folder = training_data(task, scale)
-    ours = ["--config", str(config), "--output_dir", str(folder)]
-    ours += ["--data_path", str(data_path), "--image_folder", str(image_folder)]
+    ours: dict[str, object] = {"data_path": data_path, "image_folder": image_folder}
+    ours |= {"config": config, "output_dir": folder}
     if scale == "tiny":
-        return train_main([*ours, *flags])
+        return train_main(with_defaults(flags, ours))
     gpus = torch.cuda.device_count()
     # Global batch 16 on any number of GPUs: 4 x 4 x 1, 2 x 4 x 2, 1 x 4 x 4; with more than 4 fewer per GPU.
     per_device = min(PER_DEVICE_BATCH, GLOBAL_BATCH // gpus) if GLOBAL_BATCH % gpus == 0 else 0
@@ -120,12 +123,15 @@ def launch_training(task: str, scale: str, config: Path, folder: Path, flags: li
             f"{gpus} GPUs do not divide the global batch of {GLOBAL_BATCH}: "
             "let CUDA_VISIBLE_DEVICES name 1, 2, 4, 8 or 16"
         )
-    ours += ["--per_device_train_batch_size", str(per_device)]
-    ours += ["--gradient_accumulation_steps", str(GLOBAL_BATCH // (gpus * per_device))]
+    ours["per_device_train_batch_size"] = per_device
+    ours["gradient_accumulation_steps"] = GLOBAL_BATCH // (gpus * per_device)
     entry = Path(__file__).parents[1] / "train" / "train.py"
-    command = ["deepspeed", "--num_gpus", str(gpus), str(entry), *ours, *flags]
-    print("+", " ".join(command), flush=True)
-    return subprocess.run(command, check=False).returncode
+    # The launcher prints its command line, and everybody can list it: the token goes another way.
+    flags, token = without_token(flags)
+    command = ["deepspeed", "--num_gpus", str(gpus), str(entry), *with_defaults(flags, ours)]
+    print("+", shlex.join(command), flush=True)
+    environment = {**os.environ, **({"HF_TOKEN": token} if token else {})}
+    return subprocess.run(command, check=False, env=environment).returncode
 
 
 def training_data(task: str, scale: str) -> tuple[Path, Path]:

@@ -16,15 +16,16 @@ import difflib
 import hashlib
 import itertools
 import json
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from llava_sculpt.errors import UserError
 from llava_sculpt.names import EDITS, METHODS, SCALES, SOURCES, TARGETS, ZERO_SHOT, config_file
+from llava_sculpt.ranges import out_of_range
+from llava_sculpt.yaml_reader import read_yaml
 
 SPLITS = ("val", "test")
 ANY_TASK = "all"  # of the zero-shot run, which serves both Targets
@@ -39,6 +40,10 @@ _NOT_IDENTITY = frozenset(
     """.split()
 )
 _PAPER_BATCH = 16  # on any number of GPUs
+_MOST_RUNS = 10_000  # of one entry of a grid
+# What a run reads and where it writes follow from scale and task: its identity does not hold them.
+_NOT_SET_HERE = ("output_dir", "model_name_or_path", "data_path", "image_folder")
+_BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 Settings = tuple[tuple[str, Any], ...]
 
@@ -151,6 +156,8 @@ def read_grid(name_or_file: str, scale: str, split: str | None = None, seeds: in
     Raises:
         UserError: everything that is wrong with the file.
     """
+    if seeds > _MOST_RUNS:
+        raise UserError(f"--seeds: at most {_MOST_RUNS:,}, got {seeds}")
     file = Path(name_or_file) if name_or_file.endswith(".yaml") else GRIDS / f"{name_or_file}.yaml"
     if not file.is_file():
         near = difflib.get_close_matches(file.stem, [known.stem for known in GRIDS.glob("*.yaml")], n=1)
@@ -162,9 +169,11 @@ def read_grid(name_or_file: str, scale: str, split: str | None = None, seeds: in
     if split not in SPLITS:
         problems.append(f"{file}: split: {split!r} is neither val nor test")
     first = content.get("seed", 1)
-    if type(first) is not int:
-        problems.append(f"{file}: seed: {first!r} is not a whole number")
+    if wrong := out_of_range(first, int, f"[0, {2**32 - seeds}]"):
+        problems.append(f"{file}: seed: {wrong}")
         first = 1
+    if not isinstance(content.get("title", ""), str):
+        problems.append(f"{file}: title: must be text, got {content['title']!r:.60}")
     entries = content.get(scale) or []
     if not isinstance(entries, list):
         problems.append(f"{file}: {scale}: must be a list of entries")
@@ -188,42 +197,52 @@ def _combinations(where: str, entry: Any, problems: list[str]) -> list[dict[str,
     if not isinstance(entry, dict) or "method" not in entry:
         problems.append(f"{where}: needs `method` and what it runs with")
         return []
-    lists = {str(key): value if isinstance(value, list) else [value] for key, value in entry.items()}
+    lists = {key: value if isinstance(value, list) else [value] for key, value in entry.items()}
+    problems += [f"{where}: {key}: an empty list" for key, values in lists.items() if not values]
+    if math.prod(map(len, lists.values())) > _MOST_RUNS:
+        problems.append(f"{where}: stands for more than {_MOST_RUNS:,} runs")
+        return []
     return [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
 
 
 def _runs_of(where: str, scale: str, split: str, chosen: dict[str, Any], problems: list[str]) -> list[Run]:
     """The run of one combination, its seed to be replaced; [] and problems if there is none."""
     method, task = chosen.pop("method"), chosen.pop("task", None)
-    if method not in METHODS:
-        problems.append(f"{where}: method: {method!r} is not one of {', '.join(METHODS)}")
+    if not isinstance(method, str) or method not in METHODS:
+        problems.append(f"{where}: method: {method!r:.60} is not one of {', '.join(METHODS)}")
         return []
     if method == ZERO_SHOT:
         problems += [f"{where}: {key}: zero_shot has no settings" for key in chosen]
         return [Run(scale, ANY_TASK, method, split, None)]
     if task not in TARGETS:
-        problems.append(f"{where}: task: {task!r} is not one of {', '.join(TARGETS)}")
+        problems.append(f"{where}: task: {task!r:.60} is not one of {', '.join(TARGETS)}")
         return []
     run = Run(scale, task, method, split, 0)
     known = {key: value for key, value in read_mapping(run.config_file).items() if key not in ("method", "seed")}
     values = method_values(scale, task)
     training = {**known, **values.get(run.trained_method, {})}
     edit = {key: value for key, value in values.get(method, {}).items() if method in EDITS}
-    edited = METHODS[method].fields if method in EDITS else ()
-    fields = [*known, *METHODS[method].fields]
+    fields = {**dict.fromkeys(known), **METHODS[method].fields}
     for key, value in chosen.items():
-        if key not in fields or key == "output_dir":
+        if key not in fields or key in _NOT_SET_HERE:
             near = difflib.get_close_matches(key, fields, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = f"; did you mean {near[0]}?" if near and near[0] != key else ""
             problems.append(f"{where}: {key}: not a setting of {method} ({run.config_file}){hint}")
         elif key in known and _is_number(known[key]) and not _is_number(value):
-            problems.append(f"{where}: {key}: {value!r} is not a number")
-        elif key in edited:
+            problems.append(f"{where}: {key}: {value!r:.60} is not a number")
+        elif value is None or isinstance(value, (list, dict)):
+            problems.append(f"{where}: {key}: must be one value, got {value!r:.60}")
+        elif method in EDITS and key in METHODS[method].fields:
             edit[key] = value
         else:
             training[key] = value
-    missing = [key for key in edited if key not in edit]
-    if missing:
+    given = {**training, **edit}
+    numbers = {**METHODS[method].fields, **dict.fromkeys(_BATCH, (int, "[1, inf)"))}
+    for key, (kind, interval) in numbers.items():
+        if key in given and (wrong := out_of_range(given[key], kind, interval)):
+            problems.append(f"{where}: {key}: {wrong}")
+    missing = [key for key in METHODS[method].fields if key not in given]
+    if method in EDITS and missing:
         problems.append(f"{where}: {method}: needs {', '.join(missing)}, here or in {VALUES / scale}.yaml")
     return [replace(run, settings=tuple(sorted(training.items())), edit=tuple(sorted(edit.items())))]
 
@@ -238,14 +257,25 @@ def method_values(scale: str, task: str) -> dict[str, dict[str, Any]]:
     content = read_mapping(file)
     problems = [f"{file}: {key}: not one of {', '.join(TARGETS)}" for key in content if key not in TARGETS]
     found = content.get(task) or {}
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: {task}: must be `method: values` lines")
     for method, values in found.items():
+        where = f"{file}: {task}: {method}"
         if method in ("lora", "sculpt"):
-            problems.append(f"{file}: {task}: {method}: its values belong in {config_file(scale, task, method)}")
+            problems.append(f"{where}: its values belong in {config_file(scale, task, method)}")
         elif method not in METHODS:
             problems.append(f"{file}: {task}: {method!r} is not one of {', '.join(METHODS)}")
-        elif method in EDITS:
-            extra = [key for key in values if key not in METHODS[method].fields]
-            problems += [f"{file}: {task}: {method}: {key}: not a field of this edit" for key in extra]
+        elif not isinstance(values, dict):
+            problems.append(f"{where}: must be `field: value` lines")
+        else:
+            fields = METHODS[method].fields
+            extra = [key for key in values if key in _NOT_SET_HERE or (method in EDITS and key not in fields)]
+            problems += [f"{where}: {key}: not a field of this {METHODS[method].kind}" for key in extra]
+            for key, value in values.items():
+                if value is None or isinstance(value, (list, dict)):
+                    problems.append(f"{where}: {key}: must be one value, got {value!r:.60}")
+                elif key in fields and (wrong := out_of_range(value, *fields[key])):
+                    problems.append(f"{where}: {key}: {wrong}")
     if problems:
         raise UserError(problems)
     return found
@@ -255,21 +285,18 @@ def read_mapping(file: Path) -> dict[str, Any]:
     """A YAML file with `key: value` at its top level.
 
     Raises:
-        UserError: missing, not YAML, or something else.
+        UserError: as `read_yaml`.
     """
     try:
         return _parse(file, file.stat().st_mtime_ns)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{file}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from error
 
 
 @lru_cache(maxsize=256)
 def _parse(file: Path, modified: int) -> dict[str, Any]:
     """Parsing is the slow part of planning: a grid of 100 runs asks for the same YAML hundreds of times."""
-    content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: expected `key: value` at the top level")
-    return content
+    return read_yaml(file)
 
 
 def _effective(scale: str, method: str, settings: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_sculpt.config import Config
-from llava_sculpt.config_reader import parse_config
+from llava_sculpt.config_reader import parse_config, read_deepspeed
 from llava_sculpt.data.dataset import LlavaDataset, read_training_file
 from llava_sculpt.data.images import ImagePreprocessor
 from llava_sculpt.data.tokenizer import LlavaTokenizer
@@ -25,6 +25,7 @@ from llava_sculpt.model.base_config import check_llava_config
 from llava_sculpt.model.checkpoint import known_tower, read_config
 from llava_sculpt.model.layout import CLIP_L_336, hf_config, is_original
 from llava_sculpt.names import LORASCULPT, PENALTIES
+from llava_sculpt.ranges import out_of_range
 
 GIB = 2**30
 GB = 10**9
@@ -219,28 +220,14 @@ def zero_stage(deepspeed: str | dict[str, Any] | None) -> int | None:
     Raises:
         UserError: it cannot be read.
     """
-    section = _zero_section(deepspeed)
-    return None if section is None else int(section.get("stage", 0))
-
-
-def _zero_section(deepspeed: str | dict[str, Any] | None) -> dict[str, Any] | None:
-    if not deepspeed:
-        return None
-    if isinstance(deepspeed, str):
-        try:
-            deepspeed = json.loads(Path(deepspeed).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"deepspeed: {deepspeed} cannot be read as JSON ({error})") from error
-    section = deepspeed.get("zero_optimization", {}) if isinstance(deepspeed, dict) else None
-    if not isinstance(section, dict):
-        raise UserError("deepspeed: expected an object with the key zero_optimization")
-    return section
+    return read_deepspeed(deepspeed).get("zero_optimization", {}).get("stage", 0) if deepspeed else None
 
 
 def _zero(deepspeed: str | dict[str, Any] | None, stage: int, hidden: int) -> Zero:
     """Bucket sizes of the configuration; another stage than it names, or none, gets this repository's."""
-    section = None if isinstance(deepspeed, str) and not Path(deepspeed).is_file() else _zero_section(deepspeed)
-    if section is None or section.get("stage") != stage:
+    here = isinstance(deepspeed, dict) or (deepspeed is not None and Path(deepspeed).exists())
+    section: Any = read_deepspeed(deepspeed).get("zero_optimization", {}) if deepspeed and here else {}
+    if section.get("stage") != stage:
         return Zero(stage, reduce_bucket=50_000_000, overlap=True)  # as in configs/zero*.json
 
     def elements(key: str, default: int, auto: int) -> int:
@@ -333,8 +320,12 @@ def run_plan(argv: list[str], gpus: int, gpu_memory: float, zero: int | None, *,
     Raises:
         UserError: bad configuration, unknown model, unreadable data, or impossible numbers of GPUs or GB.
     """
-    if gpus < 1 or not gpu_memory > 0:
-        raise UserError(f"--gpus must be at least 1 and --gpu_memory above 0, got {gpus} and {gpu_memory}")
+    numbers = {
+        "gpus": out_of_range(gpus, int, "[1, inf)"),
+        "gpu_memory": out_of_range(gpu_memory, float, "(0, 1000000]"),
+    }
+    if any(numbers.values()):
+        raise UserError(f"--{name}: {wrong}" for name, wrong in numbers.items() if wrong)
     config = parse_config(argv, elsewhere=True)
     checkpoint_config = read_checkpoint_config(config.model.model_name_or_path)
     stage = zero if zero is not None else zero_stage(config.training.deepspeed)

@@ -17,7 +17,6 @@ if __name__ == "__main__":
     exit_on_signals()  # the imports below take seconds
 
 import os
-import re
 import resource
 import shlex
 import signal
@@ -35,7 +34,7 @@ from transformers.utils.logging import disable_progress_bar
 from llava_sculpt.artifacts.model_card import CARD, write_model_card
 from llava_sculpt.artifacts.open import open_checkpoint
 from llava_sculpt.config import Config
-from llava_sculpt.config_reader import help_text, parse_config
+from llava_sculpt.config_reader import help_text, parse_config, without_token
 from llava_sculpt.data.collator import TrainCollator
 from llava_sculpt.data.dataset import LlavaDataset, validate_dataset
 from llava_sculpt.data.images import ImagePreprocessor
@@ -93,7 +92,7 @@ def train(config: Config, arguments: Sequence[str]) -> int:
 
     output_dir = Path(config.training.output_dir)
     record = _describe(config, checkpoint, len(dataset), steps, images)
-    record["command"] = _command(arguments)
+    record["command"] = f"python -m llava_sculpt.train.train {shlex.join(without_token(arguments)[0])}"
     with open_run(output_dir, record, claims=config.training.should_save) as run:
         if run.finished:
             if config.training.process_index == 0:
@@ -273,16 +272,6 @@ def _describe(config: Config, checkpoint: BaseCheckpoint, samples: int, steps: i
         "seed": arguments.seed,
         "versions": versions(),
     }
-
-
-def _command(arguments: Sequence[str]) -> str:
-    """The command line for run.json and the model card, without the Hub's token."""
-    secret = re.compile(r"--hub[-_]token(=|$)")
-    kept = []
-    for before, word in zip(["", *arguments], arguments, strict=False):
-        if not secret.match(word) and not secret.fullmatch(before):
-            kept.append(word)
-    return f"python -m llava_sculpt.train.train {shlex.join(kept)}"
 
 
 def build_trainer(

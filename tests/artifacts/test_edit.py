@@ -133,9 +133,9 @@ def test_dare_that_drops_nothing_is_the_merged_adapter(adapter: Path, tmp_path: 
     assert all(torch.allclose(edited[name], tuned[name], atol=1e-6) for name in tuned)
 
 
-def tailor_words(adapter: Path, out: Path, data: Path, *more: object) -> list[str]:
+def tailor_words(adapter: Path, out: Path, data: Path, *more: object, samples: int = 12) -> list[str]:
     words = ["edit", "model_tailor", "--adapter", adapter, "--out", out, "--data_path", data / "train.json"]
-    return [str(word) for word in (*words, "--image_folder", data / "images", "--samples", 12, *more)]
+    return [str(word) for word in (*words, "--image_folder", data / "images", "--samples", samples, *more)]
 
 
 def test_model_tailor(
@@ -165,7 +165,7 @@ def test_the_recorded_error_is_that_of_the_fine_tuned_models_inputs(
     adapter: Path, tmp_path: Path, training_data: Path, before: dict, tuned: dict
 ) -> None:
     """The whole fine-tuned model, run as usual with hooks, instead of layer by layer."""
-    assert main(tailor_words(adapter, tmp_path / "out", training_data, "--samples", 100, "--no_compensation")) == 0
+    assert main(tailor_words(adapter, tmp_path / "out", training_data, "--no_compensation", samples=100)) == 0
     record, edited = json.loads((tmp_path / "out" / EDIT_FILE).read_text()), merged(tmp_path / "out")
     loaded = load_for_inference(str(adapter))
     dataset = LlavaDataset(
@@ -213,7 +213,7 @@ def test_dora_and_connector_lora_can_be_edited(train: Train, tmp_path: Path, tra
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["post_prune", "--density", "0"], "density must be in (0, 1]"),
+        (["post_prune", "--density", "0"], "density: must be in (0, 1]"),
         (["dare", "--drop", "1"], "drop: must be in [0, 1)"),
         (["model_tailor", "--keep", "0", "--data_path", "x", "--image_folder", "x"], "keep: must be in (0, 1]"),
         (["model_tailor", "--data_path", "nowhere.json", "--image_folder", "x"], "nowhere.json"),

@@ -41,6 +41,30 @@ def test_bad_input(
     assert words in capsys.readouterr().err
 
 
+def test_a_flag_is_given_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "--model", "a", "--model=b"]) == 2
+    assert capsys.readouterr().err == "error: --model: given twice\n"
+
+
+def test_the_token_is_not_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At paper scale the command is printed, by the launcher too, and any user of the machine can list it."""
+    (tmp_path / "iconqa").mkdir()
+    (tmp_path / "iconqa" / "manifest.json").write_text('{"image_folder": "images"}')
+    monkeypatch.setitem(finetune.DATA, "paper", tmp_path)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    started = []
+    done = subprocess.CompletedProcess([], 0)
+    monkeypatch.setattr(finetune.subprocess, "run", lambda words, env, **_: started.append((words, env)) or done)
+    for token in (["--hub_token", "hf_secret"], ["--hub-token=hf_secret"]):
+        flags = ["--push_to_hub", *token, "--seed", "3", "--per_device_train_batch_size", "2"]
+        assert finetune.launch_training("iconqa", "paper", Path("x.yaml"), tmp_path / "run", flags) == 0
+        words, environment = started.pop()
+        assert "hf_secret" not in " ".join(words) + capsys.readouterr().out and environment["HF_TOKEN"] == "hf_secret"
+        assert words.count("--per_device_train_batch_size") == 1 and words[words.index("--seed") + 1] == "3"
+
+
 def test_a_flag_that_no_command_knows() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "llava_sculpt.cli", "inspect", "x", "--colour"],

@@ -107,6 +107,24 @@ def test_everything_wrong_is_reported_together(here: Path) -> None:
     assert len(caught.value.problems) == 11
 
 
+@pytest.mark.parametrize(
+    ("entry", "problem"),
+    [
+        ({"method": "model_tailor", "keep": 7}, "keep: must be in (0, 1], got 7"),
+        ({"method": "model_tailor", "samples": 2.5}, "samples: must be a whole number, got 2.5"),
+        ({"method": "post_prune", "density": float("nan")}, "density: must be finite"),
+        ({"method": "lora", "data_path": "other.json"}, "data_path: not a setting of lora"),
+        ({"method": "lora", "lora_r": []}, "lora_r: an empty list"),
+        ({"method": "lora", "lora_r": list(range(1, 200)), "num_train_epochs": list(range(1, 200))}, "10,000 runs"),
+    ],
+)
+def test_settings_are_checked_before_any_job(here: Path, entry: dict[str, Any], problem: str) -> None:
+    write_grid(here, "mini", [{"task": "iconqa", **entry}])
+    with pytest.raises(UserError) as caught:
+        read_grid("mini", "tiny")
+    assert problem in str(caught.value), caught.value
+
+
 @pytest.mark.parametrize("text", ["", "title: x", "title: x\ntiny: [", "title: x\ntiny: []", "title: x\ntiny: 3"])
 def test_refuses_what_is_no_grid(here: Path, text: str) -> None:
     (here / "grid.yaml").write_text(text)
@@ -122,6 +140,10 @@ def test_values_have_one_place(here: Path) -> None:
     with pytest.raises(UserError) as caught:
         read_grid("mini", "tiny")
     assert len(caught.value.problems) == 3 and "configs/tiny/iconqa_sculpt.yaml" in str(caught.value)
+    (here / "configs/values/tiny.yaml").write_text("iconqa: {l2: {reg_lambda: -1}, dare: {drop: 1}, orth: 3}\n")
+    with pytest.raises(UserError) as caught:
+        read_grid("mini", "tiny")
+    assert len(caught.value.problems) == 3 and "dare: drop: must be in [0, 1), got 1" in str(caught.value)
 
 
 class TestRepository:

@@ -16,6 +16,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from llava_sculpt.config_reader import parse_config
 from llava_sculpt.errors import UserError
 from llava_sculpt.model.files import ADAPTER_FILE, CONNECTOR_FILE, write_tensors
 from llava_sculpt.records import WRITING, write_json
@@ -78,6 +79,90 @@ def test_all_configuration_errors_together(
         "evaluation_strategy is not used here (use --eval_strategy",
     ):
         assert words in errors, words
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--output_dir", "my", "dir"], "output_dir: takes one value, got my dir"),
+        (["--seed", "3", "4"], "seed: takes one value, got 3 4"),
+        (["--seed", "3", "--seed=4"], "seed: given twice"),
+        (["--seed", "-1"], "seed: must be in [0, 4294967295], got -1"),
+        (["--output_dir"], "output_dir: needs a value"),
+        (["--weight_decay", "-5"], "weight_decay: must not be negative"),
+        (["--max_grad_norm", "nan"], "max_grad_norm: must be finite, got nan"),
+        (["--max_steps", "0"], "max_steps: must be -1 or at least 1, got 0"),
+        (["--resume_from_checkpoint", "x"], "resume_from_checkpoint: not supported: a run continues from the last"),
+        (["--save_only_model", "true"], "save_only_model: not supported: a run that is continued would end otherwise"),
+        (["--ignore_data_skip"], "ignore_data_skip: not supported"),
+        (["--label_smoothing_factor", "0.1"], "label_smoothing_factor: not supported: the loss would compare every"),
+        (["--deepspeed", "{}x"], "--deepspeed: not valid JSON"),
+        (["--deepspeed", '{"zero_optimization": {"stage": "2"}}'], "zero_optimization.stage: input should be"),
+        (["--deepspeed", '{"optimizer": {}}'], "optimizer: must not be there"),
+        (["--lr_scheduler_kwargs", "abc"], "lr_scheduler_kwargs: takes a mapping"),
+    ],
+)
+def test_command_lines_are_taken_as_they_are_written(words: list[str], problem: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_config(["--model_name_or_path", "x", *words], elsewhere=True)
+    assert len(caught.value.problems) == 1 and problem in str(caught.value), caught.value
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("lora_r: [8]", "lora_r: takes one value, got 8"),
+        ("lora_r: 8\nlora_r: 4", "line 3, column 1: the key lora_r is given twice"),
+        ("lora_r: null", "lora_r: must be a whole number, got None"),
+        ("output_dir: 2026", "output_dir: must be text, got 2026 (in YAML: put it in quotes)"),
+        ("seed: 1:30", "seed: must be a whole number, got '1:30'"),
+        ("mm_projector_lr: .inf", "mm_projector_lr: must be finite, got inf"),
+        ("lora_r: " + "[" * 5000, "nested too deeply"),
+        ("<<: {lora_r: 8}", "unknown key <<"),
+        ("lora_r: !!int 8", "the tag tag:yaml.org,2002:int is not known here"),
+        ("x: &x [*x]", "an alias inside what it stands for"),
+        (
+            "\n".join(["x0: &x0 [1]", *(f"x{i + 1}: &x{i + 1} [{', '.join([f'*x{i}'] * 9)}]" for i in range(9))]),
+            "more than 20,000 values with the aliases put in",
+        ),
+    ],
+)
+def test_yaml_means_what_it_shows(tmp_path: Path, text: str, problem: str) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(f"model_name_or_path: x\n{text}\n")
+    with pytest.raises(UserError) as caught:
+        parse_config(["--config", str(file)], elsewhere=True)
+    assert problem in caught.value.problems[0] and str(file) in caught.value.problems[0], caught.value.problems
+
+
+def test_what_is_no_file_of_text(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "latin").write_bytes(b"run_name: caf\xe9")
+    for name, problem in (
+        (tmp_path / "pipe", "a pipe or device"),
+        (tmp_path, "a folder"),
+        (tmp_path / "latin", "cannot be read"),
+        ("/dev/zero", "a pipe or device"),
+    ):
+        with pytest.raises(UserError, match=problem):
+            parse_config(["--config", str(name)], elsewhere=True)
+
+
+def test_optimizer_schedule_and_launcher_are_tried_first(
+    flags: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {**flags, "output_dir": str(tmp_path / "run")}
+    for name, value, problem in (
+        ("lr_scheduler_kwargs", '{"no_such": 1}', "no_such"),
+        ("lr_scheduler_type", "warmup_stable_decay", "num_decay_steps"),
+        ("optim", "galore_adamw", "GaLore"),
+        ("optim_args", "x", "not enough values"),
+    ):
+        with pytest.raises(UserError, match=problem):
+            parse_config([f"--{key}={text}" for key, text in {**given, name: value}.items()])
+    monkeypatch.setenv("WORLD_SIZE", "abc")
+    with pytest.raises(UserError, match="WORLD_SIZE: must be a whole number"):
+        parse_config([f"--{key}={text}" for key, text in given.items()])
 
 
 def test_a_run_that_failed_before_a_checkpoint_does_not_own_its_folder(

@@ -26,7 +26,7 @@ from transformers.models.llama import modeling_llama
 
 from llava_sculpt.cli import main
 from llava_sculpt.config import SculptConfig
-from llava_sculpt.config_reader import parse_config
+from llava_sculpt.config_reader import parse_config, with_defaults
 from llava_sculpt.errors import UserError
 from llava_sculpt.memory.parts import (
     Architecture,
@@ -395,8 +395,8 @@ def test_lengths_come_from_the_data_when_it_is_there(plan_command: PlanCommand) 
     ],
 )
 def test_bad_input(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
-    config = ["--config", str(ROOT / "configs" / "iconqa_sculpt.yaml"), "--deepspeed", str(ROOT / "configs/zero2.json")]
-    assert main(["plan", *config, *arguments]) == 2
+    usual = {"config": ROOT / "configs/iconqa_sculpt.yaml", "deepspeed": ROOT / "configs/zero2.json"}
+    assert main(["plan", *with_defaults(arguments, usual)]) == 2
     errors = capsys.readouterr().err
     assert words in errors and errors.startswith("error:") and "Traceback" not in errors
 
