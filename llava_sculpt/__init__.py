@@ -3,13 +3,18 @@
 from typing import Any
 
 __version__ = "0.2.0"
-__all__ = ["SculptCallback", "SculptConfig", "SculptMixin"]
+__all__ = ["SculptCallback", "SculptConfig", "SculptMixin", "load"]
 
-_HOMES = {"SculptCallback": "train.callback", "SculptConfig": "config", "SculptMixin": "train.mixin"}
+_HOMES = {
+    "SculptCallback": "train.callback",
+    "SculptConfig": "config",
+    "SculptMixin": "train.mixin",
+    "load": "evaluation.ask",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """The parts for other people's trainers, imported at first use: the command line should not wait for torch."""
+    """What other programs use, imported at first use: the command line should not wait for torch."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

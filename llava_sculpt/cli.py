@@ -186,6 +186,54 @@ def _name_of_model(model: str) -> str:
     return f"{path.parent.name}_{path.name}" if path.name.startswith("checkpoint-") else path.name
 
 
+def _at_least_1(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return int(text)
+
+
+def _add_ask(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a run, a base or merged model, or one on the Hub")
+    parser.add_argument("questions", nargs="+", metavar="QUESTION", help="every one is asked about every image")
+    parser.add_argument(
+        "--image", type=Path, action="append", default=[], help="repeat it for several; none: text only"
+    )
+    parser.add_argument("--base", help="base checkpoint, if not the one the adapter names")
+    parser.add_argument("--batch_size", type=_at_least_1, default=16, help="questions at a time; changes no answer")
+    parser.add_argument("--max_new_tokens", type=_at_least_1, default=128)
+    parser.add_argument("--json", action="store_true", help='[{"image", "question", "answer"}, ...]')
+
+
+def _ask(options: argparse.Namespace) -> int:
+    from llava_sculpt.evaluation.terminal import ask
+
+    ask(
+        options.model,
+        options.image,
+        options.questions,
+        base=options.base,
+        batch_size=options.batch_size,
+        max_new_tokens=options.max_new_tokens,
+        as_json=options.json,
+    )
+    return 0
+
+
+def _add_chat(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a run, a base or merged model, or one on the Hub")
+    parser.add_argument("--image", type=Path, help="what the conversation is about; none: text only")
+    parser.add_argument("--base", help="base checkpoint, if not the one the adapter names")
+    parser.add_argument("--max_new_tokens", type=_at_least_1, default=512, help="where an answer is cut off")
+    parser.epilog = "Not on a terminal it reads a question a line and prints the answers."
+
+
+def _chat(options: argparse.Namespace) -> int:
+    from llava_sculpt.evaluation.terminal import chat
+
+    chat(options.model, options.image, base=options.base, max_new_tokens=options.max_new_tokens)
+    return 0
+
+
 def _add_prepare(parser: argparse.ArgumentParser) -> None:
     from llava_sculpt.tasks import prepare_options
 
@@ -431,6 +479,8 @@ _COMMANDS: dict[str, _Command] = {
     "train": ("fine-tune from one YAML", _add_train, _train),
     "plan": ("memory, steps and FLOPs of a training, before it", _add_plan, _plan),
     "eval": ("score a model on the prepared tasks", _add_eval, _eval),
+    "ask": ("questions about pictures, answered", _add_ask, _ask),
+    "chat": ("a conversation about a picture, on the terminal", _add_chat, _chat),
     "prepare": ("official download -> training and question files", _add_prepare, _prepare),
     "convert": ("checkpoints and adapters between here and the original LLaVA", _add_convert, _convert),
     "merge": ("an adapter into its base model, weight by weight", _add_merge, _merge),

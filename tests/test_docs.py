@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from llava_sculpt.cli import main
 from tests.runs import BIN, ROOT, free_port
@@ -51,6 +52,7 @@ WHERE = {
     "continuous integration": (".ci/run", "finetune_iconqa.sh"),
     "two launchers": ("tests/train/test_engines.py", "def test_two_launchers_make_one_run"),
     "the original package": ("tests/llava_patch/test_training.py", '"deepspeed"'),
+    "a terminal": ("tests/evaluation/test_ask.py", "def test_a_conversation_on_a_terminal"),
     "set-up": (".ci/run", "make test test-all"),
 }
 NOT_HERE = "not run: it downloads a program or weights"
@@ -79,6 +81,9 @@ RULES = [
     Rule(r"llava-sculpt train", add=f"--output_dir runs/again {SHORT}"),
     Rule(r"llava-sculpt plan", says="GB"),
     Rule(r"llava-sculpt eval", add="--split val --batch_size 32", says="IconQA|iconqa"),
+    Rule(r"llava-sculpt ask .*--json", says=r'"image": "y.png",\n.*How many are there.*\n.*answer'),
+    Rule(r"llava-sculpt ask"),
+    Rule(r"llava-sculpt chat", instead="a terminal"),
     Rule(r"llava-sculpt score", says="100"),
     Rule(r"llava-sculpt edit"),
     Rule(r"llava-sculpt experiment", add="--dry_run", says=r"\d+ trainings"),
@@ -159,6 +164,8 @@ def tree(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (tree / "data" / "tiny").symlink_to(tiny_data)
     shutil.copytree(tiny_data / "raw", tree / "data" / "raw", copy_function=os.link)
     (tree / "answers.jsonl").write_text(json.dumps({"question_id": 1, "answer": "dog"}))
+    for name in ("x.png", "y.png"):
+        Image.new("RGB", (40, 30), (200, 30, 30)).save(tree / name)
     answers = [{"answer_id": n, "answer": "dog"} for n in range(1, 11)]
     gold = {"question_id": 1, "image_id": 1, "answers": answers}
     (tree / "gold.json").write_text(json.dumps({"annotations": [gold]}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from llava_sculpt.data.tokenizer import LlavaTokenizer
@@ -32,12 +33,8 @@ def encode_record(record: dict[str, Any], tokenizer: LlavaTokenizer) -> tuple[li
     ids: list[int] = [tokenizer.bos_id]
     labels: list[int] = [IGNORE_INDEX]
     for number, (question, answer) in enumerate(_rounds(_from_human(record["conversations"]))):
-        instruction = _instruction(question, first=number == 0)
-        # A turn after </s> gets no leading space: encode it with that token, then drop the token.
-        before = "" if number == 0 else _END
-        skip = 0 if number == 0 else 1
-        asked = _encode_with_image(before + instruction, tokenizer)[skip:]
-        whole = _encode_with_image(before + instruction + " " + answer + _END, tokenizer)[skip:]
+        asked = _encode_round(question, None, number == 0, tokenizer)
+        whole = _encode_round(question, answer, number == 0, tokenizer)
         if whole[: len(asked)] != asked:
             raise UserError(
                 "the tokenizer joins 'ASSISTANT:' and the answer in one token, so that they cannot be "
@@ -48,17 +45,35 @@ def encode_record(record: dict[str, Any], tokenizer: LlavaTokenizer) -> tuple[li
     return ids, labels
 
 
-def encode_prompt(question: str, tokenizer: LlavaTokenizer, has_image: bool) -> list[int]:
+def encode_prompt(
+    question: str, tokenizer: LlavaTokenizer, has_image: bool, rounds: Sequence[tuple[str, str]] = ()
+) -> list[int]:
     """Ids of the prompt for generating an answer: system text, question, ``ASSISTANT:``; BOS in front.
 
-    ``question`` comes without ``<image>``: it is put in front, on a line of its own, if ``has_image``.
-    Raises UserError if the question holds one.
+    Questions come without ``<image>``: it is put in front of the first, on a line of its own, if ``has_image``.
+    ``rounds``: (question, answer) of the conversation so far; they become the ids of training.
+    Raises UserError if a question holds ``<image>``.
     """
+    ids = [tokenizer.bos_id]
+    for number, (asked, answer) in enumerate([*rounds, (question, None)]):
+        if IMAGE_PLACEHOLDER in asked:
+            raise UserError(f"the question {asked!r} holds {IMAGE_PLACEHOLDER}, which is put in front of it")
+        if has_image and number == 0:
+            asked = f"{IMAGE_PLACEHOLDER}\n{asked}"
+        ids += _encode_round(asked, answer, number == 0, tokenizer)
+    return ids
+
+
+def question_problems(question: str) -> list[str]:
+    """Error messages about a question that a model is to answer, empty if it is valid.
+
+    Beside what no training record may hold, ``<image>``: where there is a picture, it is put in front.
+    """
+    if not question.strip():
+        return ["the question is empty"]
     if IMAGE_PLACEHOLDER in question:
-        raise UserError(f"the question {question!r} holds {IMAGE_PLACEHOLDER}, which is put in front of it")
-    if has_image:
-        question = f"{IMAGE_PLACEHOLDER}\n{question}"
-    return [tokenizer.bos_id, *_encode_with_image(_instruction(question, first=True), tokenizer)]
+        return [f"the question {question!r} holds {IMAGE_PLACEHOLDER}, which is put in front of it"]
+    return _mark_problems(question, "-", True, f"the question {question!r}")
 
 
 def record_problems(record: object) -> list[str]:
@@ -117,16 +132,21 @@ def _text_problems(turns: list[dict[str, str]]) -> list[str]:
             problems.append(f"question {number} is empty")
         if not answer.strip():
             problems.append(f"answer {number} is empty")
-        for token in (_END, "<unk>"):
-            if token in question or token in answer:
-                problems.append(f"{token} occurs in the text of question or answer {number}")
-        # LLaVA splits question and answer at this mark: it must occur once, in its place.
-        instruction = _instruction(question, first=number == 1)
-        expected = [instruction.removesuffix(_ANSWER_MARK[:-1]), answer]
-        if f"{instruction} {answer}".split(_ANSWER_MARK) != expected:
-            problems.append(f"'{_ANSWER_MARK}' occurs in the text of question or answer {number}")
-        if any("\ud800" <= character <= "\udfff" for character in question + answer):
-            problems.append(f"question or answer {number} holds half of a surrogate pair, which is not text")
+        problems += _mark_problems(question, answer, number == 1, f"question or answer {number}")
+    return problems
+
+
+def _mark_problems(question: str, answer: str, first: bool, where: str) -> list[str]:
+    """Marks of the conversation, and what is not text, in the text of a round."""
+    marks = (_END, "<unk>")
+    problems = [f"{token} occurs in the text of {where}" for token in marks if token in question or token in answer]
+    # LLaVA splits question and answer at this mark: it must occur once, in its place.
+    instruction = _instruction(question, first)
+    expected = [instruction.removesuffix(_ANSWER_MARK[:-1]), answer]
+    if f"{instruction} {answer}".split(_ANSWER_MARK) != expected:
+        problems.append(f"'{_ANSWER_MARK}' occurs in the text of {where}")
+    if any("\ud800" <= character <= "\udfff" for character in question + answer):
+        problems.append(f"{where} holds half of a surrogate pair, which is not text")
     return problems
 
 
@@ -148,6 +168,13 @@ def _image_to_front(question: str) -> str:
 def _instruction(question: str, first: bool) -> str:
     """The text of a round before its answer, without the space in front of the answer."""
     return (SYSTEM + " " if first else "") + f"USER: {question} ASSISTANT:"
+
+
+def _encode_round(question: str, answer: str | None, first: bool, tokenizer: LlavaTokenizer) -> list[int]:
+    """Ids of a round, up to where its answer begins if that is None."""
+    text = _instruction(question, first) + ("" if answer is None else f" {answer}{_END}")
+    # A turn after </s> gets no leading space: encode it with that token, then drop the token.
+    return _encode_with_image(text, tokenizer) if first else _encode_with_image(_END + text, tokenizer)[1:]
 
 
 def _encode_with_image(text: str, tokenizer: LlavaTokenizer) -> list[int]:

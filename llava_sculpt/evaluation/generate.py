@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 
 from llava_sculpt.data.conversation import encode_prompt
@@ -29,14 +30,24 @@ def generate_answers(
 ) -> Iterator[dict[int, str]]:
     """The model's stripped answers, by place in `questions`, batch by batch; every place comes once.
 
-    A question has "text" (without "<image>") and, if it is about an image, "image" (relative to
-    `image_folder`). `model` is a LlavaForConditionalGeneration or a PeftModel around one; it is used as it is
-    (device, dtype) but in eval mode. An answer is what `model.generate` says greedily to the question alone,
-    whatever else is asked and whatever the batch size (`evaluation/decode.py`). Each image is read once, if the
-    questions about it fit into one batch. Raises UserError for an image that cannot be read.
+    A question has "text" (without "<image>") and, if it is about an image, "image": a file relative to
+    `image_folder`, or the image itself, in RGB. `model` is a LlavaForConditionalGeneration or a PeftModel around
+    one; it is used as it is (device, dtype) but in eval mode. An answer is what `model.generate` says greedily to the
+    question alone, whatever else is asked and whatever the batch size (`evaluation/decode.py`). Each image is read
+    once, if the questions about it fit into one batch. Raises UserError for an image that cannot be read.
     """
+    given: dict[str, Image.Image] = {}  # images that are no files, under names that no file has
+    numbers: dict[int, int] = {}
+
+    def name_of(image: Any) -> str | None:
+        if not isinstance(image, Image.Image):
+            return image
+        name = f"\0{numbers.setdefault(id(image), len(numbers))}"
+        given[name] = image
+        return name
+
     prompts = [
-        Prompt.of(i, encode_prompt(q["text"], tokenizer, has_image="image" in q), q.get("image"))
+        Prompt.of(i, encode_prompt(q["text"], tokenizer, has_image="image" in q), name_of(q.get("image")))
         for i, q in enumerate(questions)
     ]
     decoder = Decoder(model, tokenizer, max_new_tokens)
@@ -45,7 +56,7 @@ def generate_answers(
 
     def load(batch: Sequence[Prompt]) -> dict[str, torch.Tensor]:
         names = list(dict.fromkeys(prompt.image for prompt in batch if prompt.image is not None))
-        pixels = image_pool.map(lambda name: preprocessor(load_rgb(image_folder / name)), names)
+        pixels = image_pool.map(lambda name: preprocessor(given.get(name) or load_rgb(image_folder / name)), names)
         return dict(zip(names, pixels, strict=True))
 
     try:
