@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -179,9 +181,12 @@ def main() -> int:
     options = parser.parse_args()
     failed: Counter[str] = Counter()
     done: Counter[str] = Counter()
-    with tempfile.TemporaryDirectory() as root, Stage(Path(root)) as stage:
+    chosen = plan(options.events, options.random, options.only.split(","))
+    random.Random(options.seed).shuffle(chosen)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with tempfile.TemporaryDirectory() as root, Stage(Path(root)) as stage, suppress(KeyboardInterrupt):
         kills = Kills(stage, options.seed)
-        for name, number, at_event in plan(options.events, options.random, options.only.split(",")):
+        for name, number, at_event in chosen:
             if options.number not in (None, number):
                 continue
             what, problems = kills.kill(name, number, at_event)

@@ -9,10 +9,12 @@ from __future__ import annotations
 import argparse
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from tests.attack.kills import differences
@@ -130,16 +132,18 @@ def main() -> int:
     parser.add_argument("--only", help="one kind of pair")
     options = parser.parse_args()
     names = [options.only] if options.only else [*(name for name in PAIRS if name != _SELDOM)] * 4 + [_SELDOM]
-    failed = 0
-    with tempfile.TemporaryDirectory() as root, Stage(Path(root)) as stage:
+    failed = done = 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with tempfile.TemporaryDirectory() as root, Stage(Path(root)) as stage, suppress(KeyboardInterrupt):
         pairs = Pairs(stage, options.seed)
         for number in range(options.pairs):
             name = names[number % len(names)]
             what, problems = pairs.start(name, number)
+            done += 1
             if problems:
                 failed += 1
                 print(f"FAILED {name} {number}, {what}", *problems, sep="\n    ", flush=True)
-    print(f"{options.pairs} pairs, {failed} failed")
+    print(f"{done} pairs, {failed} failed")
     return int(bool(failed))
 
 
