@@ -91,7 +91,8 @@ class Forks:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._server.communicate(timeout=30)  # ends it
+        self._server.kill()
+        self._server.communicate()
 
     def start(self, words: Sequence[str], folder: Path, output: Path, environment: dict[str, str]) -> Running:
         """Start `llava-sculpt WORDS`."""
