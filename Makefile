@@ -12,7 +12,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 SIDE_BY_SIDE := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 QUICK := tests/test_rooms.py tests/data tests/methods tests/sculpt tests/tasks --ignore=tests/sculpt/test_partitioned.py
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo check test test-slow test-all test-gpu parity lint bench tiny-model clean
+.PHONY: help setup setup-dev demo check test test-slow test-all test-gpu attack parity lint bench tiny-model clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -50,6 +50,11 @@ test-all: test test-slow  ## every test (about an hour on two cores)
 
 test-gpu: setup-dev  ## the tests that a GPU is for, on one (every other test runs on the CPU)
 	$(BIN)/python -m pytest --gpu
+
+attack: setup-dev  ## damaged inputs at random, kills, two commands at once: 300 s for each kind of input (an hour)
+	$(PYTEST) tests/attack --attack-seconds 300
+	$(BIN)/python -m tests.attack.kills --events 100 --random 50
+	$(BIN)/python -m tests.attack.pairs --pairs 50
 
 parity: setup-dev $(LLAVA)/.ready  ## compare with the original LLaVA package, in an environment of its own (1.2 GB)
 	$(PYTEST) -m "" tests/llava_patch

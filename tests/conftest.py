@@ -132,9 +132,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def training_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_training_data(tmp_path_factory.mktemp("training_data") / "data")
+
+
+def make_training_data(folder: Path) -> Path:
     """Folder with train.json (24 samples, one in four without an image) and images/."""
-    folder = tmp_path_factory.mktemp("training_data")
-    (folder / "images").mkdir()
+    (folder / "images").mkdir(parents=True)
     rng = np.random.default_rng(0)
     records = []
     for index in range(24):
@@ -157,6 +160,10 @@ def training_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def flags(checkpoint: Path, training_data: Path) -> dict[str, str]:
+    return make_flags(checkpoint, training_data)
+
+
+def make_flags(checkpoint: Path, training_data: Path) -> dict[str, str]:
     """A run of 18 optimizer steps (6 an epoch, batch 4) whose masks are made before step 5."""
     return {
         "model_name_or_path": str(checkpoint),
@@ -187,8 +194,11 @@ def train(flags: dict[str, str]) -> Train:
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_data(tmp_path_factory.mktemp("world") / "tiny")
+
+
+def make_tiny_data(root: Path) -> Path:
     """The tiny world with 24 training samples and 3 validation questions for each task."""
-    root = tmp_path_factory.mktemp("world") / "tiny"
     write_raw_world(root, 0)
     for name, task in TASKS.items():
         prepare_benchmark(name, root / "raw" / name, root / name, samples=24, val_samples=3, **task.tiny_options)
