@@ -67,6 +67,12 @@ def output_lock(path: Path, *, wait: bool = False) -> Iterator[None]:
         yield
 
 
+def tidy(path: Path) -> None:
+    """Remove what a killed process has left beside a file or folder that it had made, unless one is at work there."""
+    with suppress(UserError), output_lock(path):
+        pass
+
+
 @contextmanager
 def _held(lock_file: Path, what: Path, wait: bool) -> Iterator[None]:
     try:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from llava_sculpt.errors import UserError
-from llava_sculpt.locks import output_lock, remove_leftovers
+from llava_sculpt.locks import output_lock, remove_leftovers, tidy
 from llava_sculpt.model.files import is_finite
 from llava_sculpt.model.shards import DTYPES, INDEX_FILE, Stored, stored_tensors
 from llava_sculpt.records import check_regular, read_json, write_json, written_aside
@@ -109,6 +109,7 @@ def check_no_file(file: Path) -> None:
         UserError: `file` is there, if only as a link to nowhere.
     """
     if os.path.lexists(file):
+        tidy(file)
         raise UserError(f"{file}: exists; choose another name")
 
 
@@ -120,6 +121,7 @@ def check_new(out: Path) -> None:
     """
     try:
         if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
+            tidy(out)
             raise UserError(f"{out}: exists and is not an empty folder; choose another one for the output")
     except OSError as error:
         raise UserError(f"{out}: cannot be looked into: {error.strerror}") from error
