@@ -79,6 +79,8 @@ RULES = [
     Rule(r"llava-sculpt train", add=f"--output_dir runs/again {SHORT}"),
     Rule(r"llava-sculpt plan", says="GB"),
     Rule(r"llava-sculpt eval", add="--split val --batch_size 32", says="IconQA|iconqa"),
+    Rule(r"llava-sculpt compare BASE RUN", code=2, says="BASE: folder not found"),
+    Rule(r"llava-sculpt compare", says="forgotten (.|\n)*page: "),
     Rule(r"llava-sculpt score", says="100"),
     Rule(r"llava-sculpt edit"),
     Rule(r"llava-sculpt experiment", add="--dry_run", says=r"\d+ trainings"),

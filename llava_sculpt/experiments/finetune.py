@@ -17,6 +17,8 @@ from llava_sculpt.artifacts.inference import load_for_inference
 from llava_sculpt.artifacts.model_card import upload_results, write_model_card
 from llava_sculpt.artifacts.open import open_checkpoint
 from llava_sculpt.errors import UserError
+from llava_sculpt.evaluation.compare import compare
+from llava_sculpt.evaluation.compare_page import write_page
 from llava_sculpt.evaluation.figure import plot_source_target
 from llava_sculpt.evaluation.run import evaluate, load_tasks
 from llava_sculpt.evaluation.table import format_details, format_table
@@ -178,5 +180,12 @@ def _show(task: str, scale: str, folder: Path, zero_shot: dict[str, Any], result
         target_name=task,
         title=f"{task}, {scale} scale",
     )
-    print(f"\n{format_table(rows)}\n\nfigure: {figure}\nresults: {folder / 'results.json'}")
+    print(f"\n{format_table(rows)}\n\nfigure: {figure}")
+    page = folder / "forgetting.html"
+    try:
+        write_page(compare([Path(f"runs/{scale}/{task}/zero_shot"), folder], [DATA[scale]]), page)
+        print(f"page: {page} (pictures, questions and answers: what was forgotten and learned)")
+    except UserError as error:  # the run is there all the same
+        print(f"no page of answers: {error}")
+    print(f"results: {folder / 'results.json'}")
     upload_results(folder)
