@@ -21,7 +21,8 @@ from llava_sculpt.errors import UserError
 from llava_sculpt.evaluation import compare_page
 from llava_sculpt.evaluation.compare import KINDS, Comparison, compare, kind_of
 from llava_sculpt.evaluation.compare_page import PAGE_BYTES, SHOWN, write_page
-from llava_sculpt.evaluation.run import load_tasks, summarise
+from llava_sculpt.evaluation.prepared import load_tasks
+from llava_sculpt.evaluation.run import summarise
 from llava_sculpt.evaluation.scorers import scorer_of
 
 IDS = {"gqa": [f"gqa{n}" for n in range(4)], "okvqa": [1, 2, 3, 4], "coco": [7, 8, 9]}
