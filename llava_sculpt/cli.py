@@ -234,6 +234,34 @@ def _chat(options: argparse.Namespace) -> int:
     return 0
 
 
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "folders",
+        nargs="+",
+        type=Path,
+        metavar="FOLDER",
+        help="what eval or finetune wrote (results.json, predictions/); the first is what the others are held beside",
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/compare.html"), help="page (default: runs/compare.html)")
+    parser.add_argument(
+        "--data_root", type=Path, help="folder of the prepared data sets (default: data/tiny or data, what was scored)"
+    )
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from llava_sculpt.evaluation.compare import DATA_ROOTS, compare, format_counts
+    from llava_sculpt.evaluation.compare_page import write_page
+    from llava_sculpt.evaluation.table import format_table
+
+    if options.out.suffix.lower() not in (".html", ".htm") or options.out.is_dir():
+        raise UserError(f"--out {options.out}: should be the name of an HTML file, e.g. compare.html")
+    found = compare(options.folders, [options.data_root] if options.data_root else DATA_ROOTS)
+    shown, total = write_page(found, options.out), len(found.items)
+    print(f"{format_table(found.rows)}\n\n{format_counts(found)}\n", *found.notes, sep="\n")
+    print(f"page: {options.out}" + (f" ({shown:,} of {total:,} questions)" if shown < total else ""))
+    return 0
+
+
 def _add_prepare(parser: argparse.ArgumentParser) -> None:
     from llava_sculpt.tasks import prepare_options
 
@@ -481,6 +509,11 @@ _COMMANDS: dict[str, _Command] = {
     "eval": ("score a model on the prepared tasks", _add_eval, _eval),
     "ask": ("questions about pictures, answered", _add_ask, _ask),
     "chat": ("a conversation about a picture, on the terminal", _add_chat, _chat),
+    "compare": (
+        "what models forgot and learned: table, figure, and a page of pictures with answers",
+        _add_compare,
+        _compare,
+    ),
     "prepare": ("official download -> training and question files", _add_prepare, _prepare),
     "convert": ("checkpoints and adapters between here and the original LLaVA", _add_convert, _convert),
     "merge": ("an adapter into its base model, weight by weight", _add_merge, _merge),

@@ -20,10 +20,22 @@ _GREY = "#c8c8c8"
 def plot_source_target(
     rows: Sequence[tuple[str, float, float]], path: Path, *, target_name: str = "Target", title: str = ""
 ) -> None:
-    """Write a PNG with one point per (label, source, target), a legend, and lines of equal Avg behind.
+    """Write `draw_source_target` as a PNG. The file is written aside and renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.png")
+    try:
+        draw_source_target(rows, target_name=target_name, title=title).savefig(temporary, dpi=150)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
-    Rows with the same label get the same colour and are named once. Scores are on the paper's scale. The
-    file is written aside and renamed.
+
+def draw_source_target(
+    rows: Sequence[tuple[str, float, float]], *, target_name: str = "Target", title: str = ""
+) -> Figure:
+    """One point per (label, source, target), a legend, and lines of equal Avg behind.
+
+    Rows with the same label get the same colour and are named once. Scores are on the paper's scale.
     """
     figure = Figure(figsize=(7, 4.6 + 0.22 * len({row[0] for row in rows})), layout="constrained")
     FigureCanvasAgg(figure)
@@ -51,13 +63,7 @@ def plot_source_target(
     axes.set_ylabel("Source (kept)")
     axes.set_title(title)
     axes.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.png")
-    try:
-        figure.savefig(temporary, dpi=150)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    return figure
 
 
 def _set_limits(axes: Axes, rows: Sequence[tuple[str, float, float]]) -> None:

@@ -47,7 +47,7 @@ def score_files(
     if questions is not None:
         asked = _read_question_ids(scorer, questions, gold)
         gold = {question_id: answers for question_id, answers in gold.items() if question_id in asked}
-    pairs, gold = _read_predictions(scorer, predictions, gold)
+    pairs, gold = read_predictions(scorer, predictions, gold)
     if lenient:
         gold, pairs = scorer.lenient(gold, pairs)
     score = scorer.score(gold, pairs, variant, tokenizer)
@@ -104,7 +104,7 @@ def read_gold(task: str, path: Path, answer_style: str = "letter", *, lenient: b
     return gold
 
 
-def _read_predictions(scorer: Scorer, path: Path, gold: Gold) -> tuple[Pairs, Gold]:
+def read_predictions(scorer: Scorer, path: Path, gold: Gold) -> tuple[Pairs, Gold]:
     """(question id, text) of every prediction in JSON lines or one list, and `gold` as compared with them.
 
     Raises one UserError with all malformed records.

@@ -11,21 +11,26 @@ _TASK_COLUMNS = {TASKS[name].label: name for name in SOURCES}
 _SUMMARY_COLUMNS = {"Source": "source", "Target": "target", "Avg": "avg"}
 
 
-def format_table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-    """A table with one line per (label, results of `evaluate`); "-" where a part was not evaluated."""
-    header = ["", *_TASK_COLUMNS, *_SUMMARY_COLUMNS]
-    body = []
+def table_cells(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> list[list[str]]:
+    """The header, then one line per (label, results of `evaluate`); "-" where a part was not evaluated."""
+    lines = [["", *_TASK_COLUMNS, *_SUMMARY_COLUMNS]]
     for label, results in rows:
         values = [results["tasks"].get(task, {}).get("score") for task in _TASK_COLUMNS.values()]
         values += [results.get(key) for key in _SUMMARY_COLUMNS.values()]
-        body.append([label, *("-" if value is None else f"{value:.2f}" for value in values)])
-    widths = [max(len(line[column]) for line in [header, *body]) for column in range(len(header))]
+        lines.append([label, *("-" if value is None else f"{value:.2f}" for value in values)])
+    return lines
+
+
+def format_table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """`table_cells` as text."""
+    cells = table_cells(rows)
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [
         "  ".join(
             cell.ljust(width) if column == 0 else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
-        for line in [header, *body]
+        for line in cells
     ]
     lines.insert(1, "-" * (sum(widths) + 2 * (len(widths) - 1)))
     return "\n".join(lines)

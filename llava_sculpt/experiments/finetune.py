@@ -20,6 +20,8 @@ from llava_sculpt.artifacts.open import open_checkpoint
 from llava_sculpt.config_reader import with_defaults, without_token
 from llava_sculpt.data.processing import processing_fingerprint
 from llava_sculpt.errors import UserError
+from llava_sculpt.evaluation.compare import compare
+from llava_sculpt.evaluation.compare_page import write_page
 from llava_sculpt.evaluation.figure import plot_source_target
 from llava_sculpt.evaluation.prepared import load_tasks
 from llava_sculpt.evaluation.results_file import RESULTS_FILE, Results, read_results_file
@@ -206,5 +208,12 @@ def _show(task: str, scale: str, folder: Path, zero_shot: Results, results: Resu
         target_name=task,
         title=f"{task}, {scale} scale",
     )
-    print(f"\n{format_table(rows)}\n\nfigure: {figure}\nresults: {folder / RESULTS_FILE}")
+    print(f"\n{format_table(rows)}\n\nfigure: {figure}")
+    page = folder / "forgetting.html"
+    try:
+        write_page(compare([Path(f"runs/{scale}/{task}/zero_shot"), folder], [DATA[scale]]), page)
+        print(f"page: {page} (pictures, questions and answers: what was forgotten and learned)")
+    except UserError as error:  # the run is there all the same
+        print(f"no page of answers: {error}")
+    print(f"results: {folder / RESULTS_FILE}")
     upload_results(folder)

@@ -21,7 +21,7 @@ from typing_extensions import TypedDict
 from llava_sculpt.errors import UserError
 from llava_sculpt.locks import folder_lock, is_leftover
 from llava_sculpt.model.files import ADAPTER_FILE, COMPLETE_FILE, RUN_FILE
-from llava_sculpt.model.whole import ARTIFACTS, check_files, read_complete, read_run
+from llava_sculpt.model.whole import ARTIFACTS, check_files, check_whole, read_complete, read_run
 from llava_sculpt.records import file_sha256, read_checked, write_json
 from llava_sculpt.train.zero import everyones
 
@@ -215,9 +215,11 @@ def _open(output_dir: Path, record: dict[str, Any]) -> OpenRun:
         return OpenRun(finished=False)
     _check_same(output_dir, earlier, record)
     if finished:
-        wrong = check_files(output_dir, earlier.get("files", {}))
-        if wrong:
-            raise UserError([*wrong, f"{output_dir}: the finished run is damaged; train it anew in another folder"])
+        try:
+            check_whole(output_dir)
+        except UserError as error:
+            remedy = f"{output_dir}: the finished run is damaged; train it anew in another folder"
+            raise UserError([*error.problems, remedy]) from error
         return OpenRun(finished=True)
     checkpoint = open_checkpoint_of(output_dir)
     _forget_results(output_dir)

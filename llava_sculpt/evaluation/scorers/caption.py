@@ -28,6 +28,7 @@ class Captions(Scorer):
     """CIDEr-D x 100. Gold: the reference captions of an image; question ids are image ids."""
 
     fields = (("image_id", "caption"), ("question_id", "text"))
+    right_from = None
 
     def read_gold(self, path: Path, problems: Problems, seen: Seen, answer_style: str) -> Gold:
         """{"images": [{"id"}], "annotations": [{"image_id", "caption"}]}, or the test split of Karpathy's file."""
@@ -61,6 +62,9 @@ class Captions(Scorer):
             elif image_id is not None:
                 gold[image_id].append(text)
         return gold
+
+    def gold_texts(self, answers: Any) -> list[str]:
+        return list(answers)
 
     def lenient(self, gold: Gold, pairs: Pairs) -> tuple[Gold, Pairs]:
         """The official script fails without exactly one caption for each image."""

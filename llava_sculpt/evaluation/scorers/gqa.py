@@ -40,6 +40,9 @@ class GQA(Scorer):
             return read_records(path)
         return [(f"question {name}", {"question_id": name}) for name in load_json(path, dict)]
 
+    def gold_texts(self, answers: Any) -> list[str]:
+        return [answers["answer"]]
+
     def lenient(self, gold: Gold, pairs: Pairs) -> tuple[Gold, Pairs]:
         """Of duplicates the last counts, unknown ids do not."""
         return gold, [(question_id, text) for question_id, text in dict(pairs).items() if question_id in gold]

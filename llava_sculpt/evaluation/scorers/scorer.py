@@ -43,8 +43,10 @@ class Scorer(ABC):
         task: name of the data set, for messages.
         fields: (question id, text) in a prediction, in the order of preference.
         questions_key: where the official question file has its list of questions, if there is such a file.
+        right_from: score of a question from which its answer counts as right; None where none is right or wrong.
     """
 
+    right_from: float | None = 50.0
     questions_key: str | None = None
     fields: tuple[tuple[str, str], ...] = (("question_id", "text"), ("question_id", "answer"))
 
@@ -76,6 +78,10 @@ class Scorer(ABC):
     ) -> tuple[list[QuestionId], Gold]:
         """The questions meant by (place, id, prompt) of predictions or questions, and `gold` as compared with them."""
         return [question_id for _, question_id, _ in found], gold
+
+    def gold_texts(self, answers: Any) -> list[str]:
+        """The gold answers of one question as texts, from its value in `Gold`; one that several gave comes again."""
+        return [answers]
 
     def lenient(self, gold: Gold, pairs: Pairs) -> tuple[Gold, Pairs]:
         """`gold` and predictions as the official script counts missing, duplicate and unknown ids.

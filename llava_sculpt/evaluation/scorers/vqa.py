@@ -56,6 +56,9 @@ class OKVQA(Scorer):
                 count[question_id] += 1
         return {numbered(name, k): last[name] for name in last for k in range(1, count[name] + 1)}
 
+    def gold_texts(self, answers: Any) -> list[str]:
+        return [record["answer"] for record in answers]
+
     def lenient(self, gold: Gold, pairs: Pairs) -> tuple[Gold, Pairs]:
         """Of duplicate predictions the last counts, for each of its question's annotations."""
         answered = dict(pairs)
@@ -95,6 +98,9 @@ class TextVQA(Scorer):
             if question_id is not None:
                 gold[question_id] = record
         return gold
+
+    def gold_texts(self, answers: Any) -> list[str]:
+        return list(answers["answers"])
 
     def identify(
         self, gold: Gold, found: Sequence[tuple[str, QuestionId, Any]], path: Path, problems: Problems
