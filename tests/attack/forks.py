@@ -91,8 +91,11 @@ class Forks:
         return self
 
     def __exit__(self, *error: object) -> None:
+        assert self._server.stdin is not None and self._server.stdout is not None
         self._server.kill()
-        self._server.communicate()
+        self._server.wait()
+        self._server.stdin.close()
+        self._server.stdout.close()
 
     def start(self, words: Sequence[str], folder: Path, output: Path, environment: dict[str, str]) -> Running:
         """Start `llava-sculpt WORDS`."""

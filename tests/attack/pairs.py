@@ -69,19 +69,24 @@ class Pairs:
     def one_by_one(self, name: str) -> list[tuple[list[int], dict[str, str]]]:
         """Exit codes (2 for who has not run) and files after either command alone, and after both in either order."""
         if name not in self._after:
-            self._after[name] = []
-            for order in ((0,), (1,), (0, 1), (1, 0)):
-                self._begin(name)
-                codes = [2, 2]
-                for which in order:
-                    started = time.monotonic()
-                    command = PAIRS[name][which]
-                    running = self.stage.start(command.words, new=command.only_fresh)
-                    codes[which] = running.wait()
-                    assert codes[which] in (0, 2), running.output()
-                    self._seconds[name] = max(self._seconds.get(name, 0), time.monotonic() - started)
-                self._after[name].append((codes, files_of(self.stage.work)))
+            same = PAIRS[name][0] is PAIRS[name][1]
+            orders: list[tuple[int, ...]] = [(0,), (0, 1)] if same else [(0,), (0, 1), (1,), (1, 0)]
+            self._after[name] = [self._alone(name, order) for order in orders]
+            if same:
+                self._after[name] += [(codes[::-1], files) for codes, files in self._after[name]]
         return self._after[name]
+
+    def _alone(self, name: str, order: tuple[int, ...]) -> tuple[list[int], dict[str, str]]:
+        self._begin(name)
+        codes = [2, 2]
+        for which in order:
+            started = time.monotonic()
+            command = PAIRS[name][which]
+            running = self.stage.start(command.words, new=command.only_fresh)
+            codes[which] = running.wait()
+            assert codes[which] in (0, 2), running.output()
+            self._seconds[name] = max(self._seconds.get(name, 0), time.monotonic() - started)
+        return codes, files_of(self.stage.work)
 
     def start(self, name: str, number: int) -> tuple[str, list[str]]:
         """One pair; what was done, and what was wrong then."""
