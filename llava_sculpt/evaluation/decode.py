@@ -7,6 +7,7 @@ where the two best tokens are closer than the rounding error. Such a question le
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -19,6 +20,7 @@ from transformers import DynamicCache, GenerationConfig
 from llava_sculpt.data.collator import left_pad
 from llava_sculpt.data.conversation import IMAGE_TOKEN_INDEX
 from llava_sculpt.data.tokenizer import LlavaTokenizer
+from llava_sculpt.errors import UserError
 
 # Two logits that are closer than this are a tie. In float32 the largest change of a margin seen between batch sizes was
 # 4e-6 on the tiny model; 16-bit formats round the logits themselves, bfloat16 to multiples of 2^-3 from 16 on.
@@ -75,6 +77,9 @@ class Decoder:
         """Answers by index, and the prompts that were put off (their `said` has grown).
 
         The prompts of a batch are all with or all without an image. `images`: float32 [3, H, W] by name.
+
+        Raises:
+            UserError: logits that are not finite.
         """
         done: dict[int, str] = {}
         alone: list[Prompt] = []
@@ -91,11 +96,16 @@ class Decoder:
                 logits_to_keep=1,
             )
             best = output.logits[:, -1, : self.tokenizer.vocab_size].float().topk(2)
-            clear = (best.values[:, 0] - best.values[:, 1] > self.tie).tolist()
+            margins = (best.values[:, 0] - best.values[:, 1]).tolist()
+            if not all(map(math.isfinite, margins)):
+                raise UserError(
+                    f"the model's logits are NaN or infinite in {self.dtype}: its weights or those of the adapter are "
+                    "damaged, or too large to compute with"
+                )
             tokens = best.indices[:, 0].tolist()
             keep = []
             for row, (prompt, token) in enumerate(zip(rows, tokens, strict=True)):
-                if not clear[row]:
+                if margins[row] <= self.tie:
                     alone.append(prompt)
                     continue
                 if token != self.tokenizer.eos_id:

@@ -94,7 +94,7 @@ def agrees(name: str, given: Any, config: Config) -> bool:
     if isinstance(given, dict) or (isinstance(given, str) and given.startswith("{") and dict in field.kinds):
         return value == (json.loads(given) if isinstance(given, str) else given)
     if isinstance(given, list) or given in (None, ""):
-        return value == (given or None)
+        return value == (given or None) or name == "accelerator_config"  # filled with accelerate's defaults
     if bool in field.kinds:
         return str(given).lower() in (("yes", "true", "t", "y", "1") if value else ("no", "false", "f", "n", "0"))
     if number:

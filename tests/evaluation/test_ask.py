@@ -33,7 +33,8 @@ from llava_sculpt.evaluation import ask as ask_module
 from llava_sculpt.evaluation import generate, terminal
 from llava_sculpt.evaluation.ask import Model
 from llava_sculpt.evaluation.chat import Chat
-from llava_sculpt.evaluation.run import evaluate, load_tasks
+from llava_sculpt.evaluation.prepared import load_tasks
+from llava_sculpt.evaluation.run import evaluate
 from tests.evaluation.conftest import PrepareTask
 from tests.runs import ROOT
 

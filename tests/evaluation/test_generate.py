@@ -57,6 +57,18 @@ def test_answers_are_those_of_plain_greedy_decoding(world, pictures):
     assert answers(world, pictures) == expected
 
 
+def test_logits_that_are_not_finite_are_no_answer(world, pictures):
+    weight = world.model.lm_head.weight
+    before = weight.detach().clone()
+    try:
+        with torch.no_grad():
+            weight.mul_(3e38)
+        with pytest.raises(UserError, match="logits are NaN or infinite"):
+            answers(world, pictures)
+    finally:
+        weight.data.copy_(before)
+
+
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_the_batch_size_changes_nothing(world, pictures, batch_size):
     assert answers(world, pictures, batch_size=batch_size) == answers(world, pictures)
