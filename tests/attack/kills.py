@@ -90,13 +90,13 @@ class Kills:
                 running.kill(group=rng.random() < 0.7)
             code = running.wait()
             done.append(f"{what} (ended with {code})")
-            if code not in (0, 1, -9, -14):
+            # A launcher or a runner whose process is killed fails in its own way.
+            if not (command.only_fresh or code in (0, -9, -14) or _is_there(code, running.output())):
                 problems.append(f"the killed command ended with {code}: {running.output()[-2000:]}")
             problems += self._half_results(command, before)
         running = self.stage.start(command.words, {}, command.processes, new)
         code = running.wait()
-        # What has come to its end before the kill is there, whole: not made again.
-        if code != 0 and not (code == 2 and ": exists" in running.output()):
+        if code != 0 and not _is_there(code, running.output()):
             problems.append(f"the same command again ended with {code}: {running.output()[-2000:]}")
         else:
             problems += differences(files_of(self.stage.work), before.files)
@@ -146,6 +146,11 @@ class Kills:
         else:  # whose checkpoints are all there
             right = files_of(self.stage.need("run") / place.relative_to("out"))
         return ((name, value) for name, value in right.items() if name.endswith(".safetensors") and "/" not in name)
+
+
+def _is_there(code: int, output: str) -> bool:
+    """Whether a command was refused because an earlier one has come to its end before it was killed."""
+    return code == 2 and ": exists" in output
 
 
 def differences(found: dict[str, str], right: dict[str, str]) -> Iterator[str]:

@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -190,7 +191,8 @@ def content_hash(file: Path) -> str:
     """sha256 of a file; of JSON without times."""
     content = file.read_bytes()
     if file.suffix == ".json":
-        content = json.dumps(_without_times(json.loads(content)), sort_keys=True).encode()
+        with suppress(ValueError):  # half written, in a place where nobody takes it for whole
+            content = json.dumps(_without_times(json.loads(content)), sort_keys=True).encode()
     return hashlib.sha256(content).hexdigest()
 
 
