@@ -110,7 +110,7 @@ def train(config: Config, arguments: Sequence[str]) -> int:
         with _StopOnSignal() if config.training.world_size == 1 else nullcontext() as interruption:
             if interruption is not None:
                 trainer.add_callback(interruption)
-            result = trainer.train(None if run.checkpoint is None else str(run.checkpoint.path))
+            trainer.train(None if run.checkpoint is None else str(run.checkpoint.path))
         if interruption is not None and interruption.received:
             print(
                 f"\n{output_dir}: stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; "
@@ -126,7 +126,6 @@ def train(config: Config, arguments: Sequence[str]) -> int:
                     "status": "finished",
                     "engine": type(trainer.model_wrapped).__name__,
                     "train_seconds": round(time.time() - started, 1),
-                    "train_loss": result.training_loss,
                     "peak_memory_bytes": peak_memory(),
                 }
                 seal_run(output_dir, record)

@@ -23,7 +23,6 @@ from tests.runs import DEEPSPEED, ROOT, free_port, zero
 _TIMES = {
     *("seconds", "train_seconds", "finished", "peak_memory_bytes", "versions"),
     *("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_tokens_per_second"),
-    "train_loss",  # transformers': the mean since the last start
     "trainer_state.json",  # in complete.json, with its size or hash: it holds times
 }
 ENTRIES: list[dict[str, object]] = [
