@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.train_flags = rest
     options.arguments = arguments
-    flags = [word.partition("=")[0] for word in arguments if word.startswith("--")]
+    counts = Counter(word.partition("=")[0] for word in arguments if word.startswith("--"))
+    once = [flag for flag in counts if not isinstance(getattr(options, flag[2:].replace("-", "_"), None), list)]
     try:
-        if twice := sorted({flag for flag in flags if flags.count(flag) > 1}):
+        if twice := sorted(flag for flag in once if counts[flag] > 1):
             raise UserError(f"{flag}: given twice" for flag in twice)
         if options.command in ("finetune", "experiment", "report") and not Path("configs").is_dir():
             raise UserError("run this from the repository's folder (configs/ is not here)")

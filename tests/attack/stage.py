@@ -22,6 +22,7 @@ from tests.runs import DEEPSPEED, ROOT, free_port, zero
 # Of JSON files: what differs between two runs that are the same.
 _TIMES = {
     *("seconds", "train_seconds", "finished", "peak_memory_bytes", "versions"),
+    "train_loss",  # in trainer_state.json: the mean since the last start
     *("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_tokens_per_second"),
     "trainer_state.json",  # in complete.json, with its size or hash: it holds times
 }

@@ -178,7 +178,7 @@ def test_prepared_folders(
         change = damage(rng, any_file(rng, folder))
         told = outcome(scored(folder, number))
         changed = {name for name, _ in digests(folder).items() ^ before.items()}
-        if told.code == 0 and any("/test" in name for name in changed):
+        if told.code == 0 and any(name.partition("/")[2].startswith("test") for name in changed):
             raise AssertionError(f"questions or answers other than prepared were taken: {change}")
         if told.code == 0 and found[-1] != expected:  # as other images, or another manifest, they are known
             known = [found[-1][key] for key in ("config_hash", "inputs")]
