@@ -72,7 +72,12 @@ def evaluated(prepare_task, tmp_path, monkeypatch) -> Evaluated:
             "base": "abc",
             "tasks": scored,
             **summarise({task: entry["score"] for task, entry in scored.items()}, None),
-            "settings": {"data": {task.name: task.fingerprint for task in tasks}},
+            "settings": {
+                **{"split": "test", "max_new_tokens": 16, "prompt_styles": {}, "scorers": {}},
+                "data": {task.name: task.fingerprint for task in tasks},
+            },
+            "config_hash": "",
+            "versions": {},
             **results,
         }
         (folder / "results.json").write_text(json.dumps(content))
@@ -282,7 +287,7 @@ def test_what_is_asked_for_must_make_sense(evaluated, tmp_path, capsys):
         assert main(["compare", *arguments]) == 2
         assert expected in capsys.readouterr().err
     (tmp_path / "data" / "gqa" / "test_annotations.json").write_text(
-        json.dumps({**GOLD["gqa"], "more": GOLD["gqa"]["gqa0"]})
+        json.dumps({**GOLD["gqa"], "gqa0": GOLD["gqa"]["gqa1"]})
     )
     assert main(["compare", base, tuned]) == 2
     assert "data: other questions or answers of gqa" in capsys.readouterr().err

@@ -51,7 +51,9 @@ def test_the_token_is_not_shown(
 ) -> None:
     """At paper scale the command is printed, by the launcher too, and any user of the machine can list it."""
     (tmp_path / "iconqa").mkdir()
-    (tmp_path / "iconqa" / "manifest.json").write_text('{"image_folder": "images"}')
+    (tmp_path / "iconqa" / "manifest.json").write_text(
+        '{"name": "iconqa", "splits": {}, "image_folder": "images", "prompt_style": ""}'
+    )
     monkeypatch.setitem(finetune.DATA, "paper", tmp_path)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     started = []
