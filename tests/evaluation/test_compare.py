@@ -287,7 +287,7 @@ def test_what_is_asked_for_must_make_sense(evaluated, tmp_path, capsys):
         assert main(["compare", *arguments]) == 2
         assert expected in capsys.readouterr().err
     (tmp_path / "data" / "gqa" / "test_annotations.json").write_text(
-        json.dumps({**GOLD["gqa"], "gqa0": GOLD["gqa"]["gqa1"]})
+        json.dumps({**GOLD["gqa"], "gqa0": {**GOLD["gqa"]["gqa0"], "answer": "no"}})
     )
     assert main(["compare", base, tuned]) == 2
     assert "data: other questions or answers of gqa" in capsys.readouterr().err
