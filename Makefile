@@ -54,7 +54,7 @@ test-gpu: setup-dev  ## the tests that a GPU is for, on one (every other test ru
 attack: setup-dev  ## damaged inputs at random, kills, two commands at once: 300 s for each kind of input (an hour)
 	$(PYTEST) tests/attack --attack-seconds 300
 	$(BIN)/python -m tests.attack.kills --events 100 --random 50
-	$(BIN)/python -m tests.attack.pairs --pairs 50
+	$(BIN)/python -m tests.attack.pairs --pairs 53
 
 parity: setup-dev $(LLAVA)/.ready  ## compare with the original LLaVA package, in an environment of its own (1.2 GB)
 	$(PYTEST) -m "" tests/llava_patch
