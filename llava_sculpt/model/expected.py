@@ -31,9 +31,11 @@ def expected_shapes(config: dict[str, Any]) -> Shapes:
 @lru_cache(maxsize=8)
 def _shapes(config: str) -> Shapes:
     from transformers import LlavaConfig, LlavaForConditionalGeneration
+    from transformers.modeling_utils import set_zero3_state
 
     try:
-        with torch.device("meta"):
+        # In a run under ZeRO-3 transformers would cut up this model too, which has no values.
+        with set_zero3_state(), torch.device("meta"):
             model = LlavaForConditionalGeneration(LlavaConfig.from_dict(json.loads(config)))
     # Whatever transformers raises at settings that do not go together.
     except Exception as error:

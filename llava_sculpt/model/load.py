@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import BitsAndBytesConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import is_bitsandbytes_available
 from transformers.utils.logging import disable_progress_bar
 
@@ -68,8 +69,9 @@ def load_base(
     if odd or report["mismatched_keys"]:
         names = sorted({*odd, *map(str, report["mismatched_keys"])})
         raise UserError(f"{checkpoint.path}: {len(names)} weights do not fit config.json, such as {names[0]}")
-    # What has been quantised shows nothing any more: then the files are looked at.
-    loaded = model.named_parameters() if bits == 16 else ((t.name, t.load()) for t in model_tensors(checkpoint.path))
+    # What is quantised, or cut up by ZeRO-3, shows nothing any more: then the files are looked at.
+    shown = bits == 16 and not is_deepspeed_zero3_enabled()
+    loaded = model.named_parameters() if shown else ((t.name, t.load()) for t in model_tensors(checkpoint.path))
     check_finite(loaded, checkpoint.path)
     if vision_tower is not None:
         _replace_tower(model, vision_tower)
