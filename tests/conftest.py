@@ -33,7 +33,7 @@ torch.set_num_threads(1)
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gpu", action="store_true", help="the fast tests marked gpu, on one GPU; all others use the CPU")
     parser.addoption("--complete", action="store_true", help="fail if a test is skipped that does not need a GPU")
-    parser.addoption("--attack-seconds", type=float, default=8, help="for each test of tests/attack/ (default 8)")
+    parser.addoption("--attack-seconds", type=float, default=3, help="for each test of tests/attack/ (default 3)")
     parser.addoption("--attack-from", type=int, default=0, help="number of the first attack: repeat a failed one")
 
 
