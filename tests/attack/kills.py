@@ -199,6 +199,8 @@ def main() -> int:
             if problems:
                 failed[name] += 1
                 print(f"FAILED {name} {number}, {what}", *problems, sep="\n    ", flush=True)
+            else:
+                print(f"{sum(done.values()):4} {name}: {what}", flush=True)
     print("\n".join(f"{name}: {count} kills, {failed[name]} failed" for name, count in done.items()))
     print(f"{sum(done.values())} kills, {sum(failed.values())} failed")
     return int(bool(failed))

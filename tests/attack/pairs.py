@@ -148,6 +148,8 @@ def main() -> int:
             if problems:
                 failed += 1
                 print(f"FAILED {name} {number}, {what}", *problems, sep="\n    ", flush=True)
+            else:
+                print(f"{done:4} {what}", flush=True)
     print(f"{done} pairs, {failed} failed")
     return int(bool(failed))
 
