@@ -10,7 +10,8 @@ LLAVA := .venv-llava/bin
 JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 SIDE_BY_SIDE := -n $(JOBS) --dist loadfile --no-loadscope-reorder
-QUICK := tests/test_rooms.py tests/data tests/methods tests/sculpt tests/tasks --ignore=tests/sculpt/test_partitioned.py
+QUICK := tests/test_rooms.py tests/data tests/methods tests/sculpt tests/tasks
+QUICK += $(addprefix --ignore=tests/,methods/test_edits.py sculpt/test_fused.py sculpt/test_partitioned.py)
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev demo check test test-slow test-all test-gpu attack parity lint bench tiny-model clean
 
@@ -37,8 +38,9 @@ $(BIN)/.ready-dev: $(BIN)/.ready
 demo: setup  ## zero-shot, LoRA and LoRASculpt on tiny IconQA
 	bash scripts/demo.sh
 
-check: lint  ## while working: lint, types and the quickest tests (80 s on two cores)
-	$(PYTEST) $(SIDE_BY_SIDE) $(QUICK)
+check: lint  ## while working: lint, types and the quickest tests (a minute on two cores)
+	# In one process: for so few tests two would spend their time on imports.
+	$(PYTEST) $(QUICK)
 
 test: setup-dev  ## the fast tests (at most 10 minutes on two cores)
 	$(PYTEST) $(SIDE_BY_SIDE)

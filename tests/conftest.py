@@ -13,14 +13,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from llava_sculpt.data.tokenizer import LlavaTokenizer
-from llava_sculpt.experiments.tiny_data import _code_hash
 from llava_sculpt.names import TASKS
 from llava_sculpt.tasks import prepare_benchmark
 from llava_sculpt.tiny.world import write_raw_world
-from llava_sculpt.train.train import main as train_main
 from tests.runs import Train
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -28,6 +25,7 @@ FIXTURES = Path(__file__).parent / "data" / "fixtures"
 LONGEST = ["test_engines.py", "test_runner.py", "test_processes.py", "test_docs.py", "test_model_card.py"]
 
 torch.set_num_threads(1)
+# What takes seconds to import is imported where it is used: most tests of `make check` need none of it.
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -87,6 +85,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 def make_checkpoint(folder: Path, seed: int = 0) -> Path:
     """A random base checkpoint: 16 px images in 4 tokens, d = 64, two LLM layers."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
     folder.mkdir(parents=True)
     for name in ("tokenizer.model", "preprocessor_config.json"):
         shutil.copy(FIXTURES / name, folder / name)
@@ -184,6 +184,7 @@ def make_flags(checkpoint: Path, training_data: Path) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def train(flags: dict[str, str]) -> Train:
     """`train(output_dir, lora_r=4, ...)` runs the training entry point in this process and returns its exit code."""
+    from llava_sculpt.train.train import main as train_main
 
     def run(output_dir: Path, **overrides: object) -> int:
         given = {**flags, "output_dir": str(output_dir), **{k: str(v) for k, v in overrides.items()}}
@@ -199,6 +200,8 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_tiny_data(root: Path) -> Path:
     """The tiny world with 24 training samples and 3 validation questions for each task."""
+    from llava_sculpt.experiments.tiny_data import _code_hash
+
     write_raw_world(root, 0)
     for name, task in TASKS.items():
         prepare_benchmark(name, root / "raw" / name, root / name, samples=24, val_samples=3, **task.tiny_options)
