@@ -14,6 +14,7 @@ from llava_sculpt.artifacts.inference import Inference
 from llava_sculpt.data.collator import expand_image
 from llava_sculpt.data.conversation import encode_prompt, question_problems, record_problems
 from llava_sculpt.errors import UserError
+from llava_sculpt.evaluation.decode import check_logits
 
 _HALF = "\ufffd"  # how decoding writes bytes that are no whole character, or none yet
 
@@ -136,4 +137,6 @@ class Chat:
         new = torch.tensor([ids[known:]], device=self.llava.device)
         output = self.llava(input_ids=new, past_key_values=self._cache, use_cache=True, logits_to_keep=1, **pixels)
         self._read_ids = list(ids)
-        return int(output.logits[0, -1, : self.loaded.tokenizer.vocab_size].float().argmax())
+        best = output.logits[0, -1, : self.loaded.tokenizer.vocab_size].float().max(dim=0)
+        check_logits([best.values.item()], self.llava.dtype)
+        return int(best.indices)

@@ -8,7 +8,7 @@ where the two best tokens are closer than the rounding error. Such a question le
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -97,11 +97,7 @@ class Decoder:
             )
             best = output.logits[:, -1, : self.tokenizer.vocab_size].float().topk(2)
             margins = (best.values[:, 0] - best.values[:, 1]).tolist()
-            if not all(map(math.isfinite, margins)):
-                raise UserError(
-                    f"the model's logits are NaN or infinite in {self.dtype}: its weights or those of the adapter are "
-                    "damaged, or too large to compute with"
-                )
+            check_logits(margins, self.dtype)
             tokens = best.indices[:, 0].tolist()
             keep = []
             for row, (prompt, token) in enumerate(zip(rows, tokens, strict=True)):
@@ -172,6 +168,19 @@ class Decoder:
 
     def _text(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(tokens).strip()
+
+
+def check_logits(values: Iterable[float], dtype: torch.dtype) -> None:
+    """Refuse to choose a token by logits, or differences of them, that are not finite: any one would come first.
+
+    Raises:
+        UserError: a NaN or an infinity.
+    """
+    if not all(map(math.isfinite, values)):
+        raise UserError(
+            f"the model's logits are NaN or infinite in {dtype}: its weights or those of the adapter are damaged, or "
+            "too large to compute with"
+        )
 
 
 def image_token_count(config: Any) -> int:

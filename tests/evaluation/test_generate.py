@@ -13,6 +13,7 @@ from llava_sculpt.data.conversation import IMAGE_TOKEN_INDEX, encode_prompt
 from llava_sculpt.data.images import load_rgb
 from llava_sculpt.errors import UserError
 from llava_sculpt.evaluation import decode
+from llava_sculpt.evaluation.chat import Chat
 from llava_sculpt.evaluation.decode import Decoder
 from llava_sculpt.evaluation.generate import generate_answers
 
@@ -65,6 +66,10 @@ def test_logits_that_are_not_finite_are_no_answer(world, pictures):
             weight.mul_(3e38)
         with pytest.raises(UserError, match="logits are NaN or infinite"):
             answers(world, pictures)
+        talk = Chat(world)
+        with pytest.raises(UserError, match="logits are NaN or infinite"):
+            talk.ask("what is this ?")
+        assert talk.rounds == []
     finally:
         weight.data.copy_(before)
 
