@@ -12,7 +12,7 @@ from typing import Any
 
 from llava_sculpt import __version__
 from llava_sculpt.errors import UserError
-from llava_sculpt.names import EDITS, LORASCULPT, METHODS, SCALES, TARGETS, TASKS, TRAINED
+from llava_sculpt.names import EDITS, LORASCULPT, METHODS, METRICS, SCALES, TARGETS, TASKS, TRAINED
 
 _ANSWER_STYLES = ("letter", "answer_letter", "text")
 
@@ -61,7 +61,8 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _add_finetune(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("task", choices=TARGETS)
+    parser.add_argument("task", nargs="?", help=f"{', '.join(TARGETS)}, or a task of your own that is prepared")
+    _add_own(parser.add_argument_group("your own task, prepared as data/NAME (tiny: data/tiny/NAME)"))
     parser.add_argument("--scale", choices=SCALES, help="default: paper if this machine can run it")
     parser.add_argument("--method", choices=TRAINED, default=LORASCULPT)
     parser.add_argument("--rank", type=int, default=32, help="LoRA rank (paper: 16, 32, 64)")
@@ -73,15 +74,61 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
 def _finetune(options: argparse.Namespace) -> int:
     from llava_sculpt.experiments.finetune import finetune
 
+    if (options.task is None) == (options.data is None):
+        raise UserError(f"finetune takes one task ({', '.join(TARGETS)}, your own) or --data TRAIN_JSON --images DIR")
     return finetune(
-        options.task,
+        options.task or _own_name(options),
         options.scale,
         options.method,
         options.rank,
         options.seed,
         options.output_dir,
         options.train_flags,
+        options.data,
+        **_own(options, *_OWN),
     )
+
+
+_OWN = ("images", "test", "answers", "holdout", "metric", "overwrite")
+
+
+def _add_own(parser: argparse._ActionsContainer, *, train: bool = True, name: bool = True) -> None:
+    """The flags of a task of one's own; without `train` of one that is only scored."""
+    what = "LLaVA's conversations, the last answer the gold one; or its question file"
+    parser.add_argument("--data", type=Path, metavar="FILE", help="LLaVA's training JSON" if train else what)
+    parser.add_argument("--images", type=Path, metavar="DIR", help="folder of the pictures (default: that of --data)")
+    if train:
+        parser.add_argument("--test", type=Path, metavar="FILE", help=what)
+        parser.add_argument(
+            "--holdout", type=float, help="without --test: share of the pictures held out (default 0.1)"
+        )
+    parser.add_argument("--answers", type=Path, metavar="FILE", help="gold answers of a question file, if not in it")
+    parser.add_argument("--metric", choices=METRICS, help="default: exact, where the gold answers are short")
+    if name:
+        parser.add_argument("--name", help="of the task (default: from the name of FILE)")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace data prepared under that name from other files"
+    )
+
+
+def _own(options: argparse.Namespace, *keys: str) -> dict[str, Any]:
+    """What was given of the flags of a task of one's own, without its name.
+
+    Raises:
+        UserError: any without --data.
+    """
+    given = {key: getattr(options, key, None) for key in (*keys, "name")}
+    if options.data is None and (stray := [key for key, value in given.items() if value]):
+        raise UserError(f"--{key}: belongs to --data FILE, which is not given" for key in stray)
+    return {key: given[key] for key in keys}
+
+
+def _own_name(options: argparse.Namespace) -> str:
+    """--name, or what the data file is called: "charts" of charts.json and charts/train.json."""
+    if options.name:
+        return str(options.name)
+    file: Path = options.data.resolve()
+    return file.parent.name if file.stem in ("train", "data") else file.stem
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
@@ -101,7 +148,9 @@ def _plan(options: argparse.Namespace) -> int:
 def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="base model, adapter folder or merged model")
     parser.add_argument("--base", help="base checkpoint, if not the one the adapter names")
-    parser.add_argument("--tasks", default="all", help="all, or a comma-separated list: " + ",".join(TASKS))
+    own = "your own by its name"
+    parser.add_argument("--tasks", help=f"all (default), or a comma-separated list: {','.join(TASKS)}, {own}")
+    _add_own(parser.add_argument_group("a task of your own, scored beside --tasks or alone"), train=False)
     parser.add_argument(
         "--data_root",
         type=Path,
@@ -109,7 +158,7 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
         "generated if it is not there; else data)",
     )
     parser.add_argument("--split", default="test", choices=["val", "test"])
-    parser.add_argument("--target", choices=TARGETS, help="the task that counts as Target")
+    parser.add_argument("--target", help="the task that counts as Target (default: if there is only one)")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--max_new_tokens", type=int, default=128)
     parser.add_argument("--okvqa_variant", choices=["authors", "official"], default="authors")
@@ -128,6 +177,8 @@ def _eval(options: argparse.Namespace) -> int:
     from llava_sculpt.artifacts.open import fetch_folder
     from llava_sculpt.evaluation import processes
     from llava_sculpt.evaluation.calibrate import check_calibration, compare
+    from llava_sculpt.evaluation.compare import DATA_ROOTS
+    from llava_sculpt.evaluation.own import prepare_own
     from llava_sculpt.evaluation.prepared import load_tasks, tasks_of
     from llava_sculpt.evaluation.run import choose_target, evaluate
     from llava_sculpt.evaluation.table import format_details, format_table
@@ -139,15 +190,28 @@ def _eval(options: argparse.Namespace) -> int:
     if not Path(options.model).is_dir() and options.model.count("/") != 1:
         what = "a task, which --tasks takes" if options.model in TASKS else "no folder, nor OWNER/NAME on the Hub"
         problems.append(f"--model {options.model}: {what}")
+    names: list[str] = []
     try:
-        names = tasks_of(options.tasks)
+        own = _own(options, "images", "answers", "metric", "overwrite")
+        roots = [options.data_root] if options.data_root else DATA_ROOTS
+        if options.tasks or options.data is None:
+            names = tasks_of(options.tasks or "all", roots)
+        if options.data is not None:
+            names.append(_own_name(options))
+            if options.split != "test":
+                problems.append("--split val: --data is a test set")
         choose_target(names, options.target)
     except UserError as error:
         problems += error.problems
     if problems:
         raise UserError(problems)
     with processes.process_group():
-        root = options.data_root or processes.from_first(lambda: find_data(options.model, options.base))
+        generate = any(name in TASKS for name in names)
+        root = options.data_root or processes.from_first(
+            lambda: find_data(options.model, options.base, generate=generate)
+        )
+        if options.data is not None:
+            processes.from_first(lambda: prepare_own(root / names[-1], None, test=options.data, **own))
         tasks = load_tasks(names, root, options.split)
         if options.calibrate:
             styles = {task.name: task.prompt_style for task in tasks}
@@ -267,7 +331,11 @@ def _compare(options: argparse.Namespace) -> int:
 def _add_prepare(parser: argparse.ArgumentParser) -> None:
     from llava_sculpt.tasks import prepare_options
 
-    names = parser.add_subparsers(dest="name", required=True, metavar="|".join(TASKS))
+    names = parser.add_subparsers(dest="name", required=True, metavar="|".join([*TASKS, "own"]))
+    summary = "your own conversations and pictures -> prepared folder; its name is the task's"
+    own = names.add_parser("own", description=summary, allow_abbrev=False)
+    own.add_argument("--out", type=Path, required=True, help="prepared folder, e.g. data/charts")
+    _add_own(own, name=False)
     for name, task in TASKS.items():
         summary = f"{task.label}: official files -> prepared folder"
         part = names.add_parser(name, description=summary, allow_abbrev=False)
@@ -285,12 +353,22 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
 
 
 def _prepare(options: argparse.Namespace) -> int:
+    from llava_sculpt.evaluation.own import prepare_own
     from llava_sculpt.tasks import prepare_benchmark, prepare_options
+    from llava_sculpt.tasks.common import describe
 
+    if options.name == "own":
+        if options.data is None:
+            raise UserError("prepare own: needs --data FILE")
+        print(
+            describe(
+                options.out, prepare_own(options.out, options.data, **{key: getattr(options, key) for key in _OWN})
+            )
+        )
+        return 0
     given = {key: getattr(options, key) for key in prepare_options(options.name)}
     manifest = prepare_benchmark(options.name, options.raw, options.out, **given)
-    counts = ", ".join(f"{split} {facts['n']:,}" for split, facts in manifest["splits"].items())
-    print(f"{options.out}: {counts}; {manifest['prompt_style']}; {manifest['license']}")
+    print(describe(options.out, manifest))
     for split, of in manifest["source_counts"].items():
         if of["official"] not in (None, of["found"]):
             found, official = f"{of['found']:,}", f"{of['official']:,}"

@@ -408,6 +408,15 @@ def with_defaults(flags: Sequence[str], defaults: Mapping[str, object]) -> list[
     return [*flags, *(w for key, value in defaults.items() if key not in given for w in (f"--{key}", str(value)))]
 
 
+def flag_value(flags: Sequence[str], key: str) -> str | None:
+    """The value of one flag of training; None if it is not given."""
+    for word, following in zip(flags, [*flags[1:], ""], strict=False):
+        flag, equals, value = word.partition("=")
+        if flag.replace("-", "_") == f"__{key}":
+            return value if equals else following
+    return None
+
+
 def _launch_problems(environment: Mapping[str, str]) -> list[str]:
     """What is wrong with the variables that torchrun, deepspeed and accelerate set."""
     names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")

@@ -5,6 +5,7 @@ Adding a baseline or a data set begins with a row here (CONTRIBUTING.md). Import
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,9 +53,10 @@ EDITS = tuple(name for name, method in METHODS.items() if method.kind == "edit")
 
 @dataclass(frozen=True)
 class TaskName:
-    """A data set that models are trained on (Target), that shows what they forget (Source), or that is only scored.
+    """A benchmark that models are trained on (Target), that shows what they forget (Source), or that is only scored.
 
-    `tasks/NAME.py` prepares it from its official files.
+    `tasks/NAME.py` prepares it from its official files. Every other name stands for a task of the user's own, a Target
+    that `tasks/own.py` prepares, with the scorer that its manifest names.
 
     Attributes:
         label: its name in tables and figures, as in the paper.
@@ -73,7 +75,7 @@ TASKS = {
     # The tiny model answers with words: a learnt letter does not train at its size, and OCR tokens in the prompt would
     # answer its TextVQA by themselves.
     "iconqa": TaskName("IconQA", "target", "exact", {"answer_style": "text"}),
-    "coco": TaskName("COCO-Caption", "target", "caption"),
+    "coco": TaskName("COCO-Caption", "target", "cider"),
     "okvqa": TaskName("OKVQA", "source", "okvqa"),
     "ocrvqa": TaskName("OCRVQA", "source", "exact"),
     "gqa": TaskName("GQA", "source", "gqa"),
@@ -82,9 +84,27 @@ TASKS = {
 TARGETS = tuple(name for name, task in TASKS.items() if task.role == "target")
 SOURCES = tuple(name for name, task in TASKS.items() if task.role == "source")
 PAPER_TASKS = (*TARGETS, *SOURCES)
+METRICS = ("exact", "contains", "vqa", "choice", "cider")  # scorers that one's own task may have
+TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")  # of one's own: a folder, a file and a word of a command
+DATA = {"paper": Path("data"), "tiny": Path("data/tiny")}  # prepared data sets, each in a folder of its name
+
+
+def task_label(name: str) -> str:
+    """The name of a task in tables and figures; one's own is called what its user calls it."""
+    return TASKS[name].label if name in TASKS else name
+
+
+def is_target(name: str) -> bool:
+    """Whether a model can be trained on a task, as far as its name tells: a Target of the paper, or one's own."""
+    return name in TARGETS or (name not in TASKS and TASK_NAME.fullmatch(name) is not None)
+
+
+def recipe_of(task: str) -> str:
+    """The Target whose training settings a task has: its own, or for one's own task IconQA's."""
+    return task if task in TARGETS else "iconqa"
 
 
 def config_file(scale: str, task: str, method: str) -> Path:
     """The training YAML of a method, from the repository's folder: LoRASculpt's own, plain LoRA's for every other."""
-    recipe = "sculpt" if method == LORASCULPT else "lora"
-    return Path("configs") / ("tiny" if scale == "tiny" else "") / f"{task}_{recipe}.yaml"
+    method_file = "sculpt" if method == LORASCULPT else "lora"
+    return Path("configs") / ("tiny" if scale == "tiny" else "") / f"{recipe_of(task)}_{method_file}.yaml"

@@ -143,10 +143,10 @@ def _metadata(folder: Path, base: str, results: Mapping[str, Any] | None) -> Mod
         rows += [(key, title, None, results[key]) for key, title in _TITLES.items() if results[key] is not None]
         scores = [
             EvalResult(
-                task_type="image-to-text" if task == "coco" else "visual-question-answering",
+                task_type="image-to-text" if (metric or "").startswith("CIDEr") else "visual-question-answering",
                 dataset_type=task,
                 dataset_name=title,
-                metric_type="cider" if task == "coco" else "accuracy" if metric else "score",
+                metric_type="cider" if (metric or "").startswith("CIDEr") else "accuracy" if metric else "score",
                 metric_name=metric,
                 metric_value=round(score, 2),
             )

@@ -64,6 +64,24 @@ def encode_prompt(
     return ids
 
 
+def last_question(record: dict[str, Any]) -> tuple[list[tuple[str, str]], str, str]:
+    """What a sound record (`record_problems`) asks at its end: the rounds before, the last question, its gold answer.
+
+    Questions are without ``<image>``, as `encode_prompt` takes them: asked so, the prompt has the ids of training.
+    Raises UserError if the image does not stand in the first question, or the last one is empty.
+    """
+    rounds = _rounds(_from_human(record["conversations"]))
+    bare = [(question.replace(IMAGE_PLACEHOLDER, "").strip(), answer) for question, answer in rounds]
+    if any(IMAGE_PLACEHOLDER in question for question, _ in rounds[1:]):
+        raise UserError(f"{IMAGE_PLACEHOLDER} should stand in the first question")
+    if "image" not in record:
+        bare = rounds
+    question, answer = bare[-1]
+    if not question.strip():
+        raise UserError("the last question is empty")
+    return bare[:-1], question, answer
+
+
 def question_problems(question: str) -> list[str]:
     """Error messages about a question that a model is to answer, empty if it is valid.
 

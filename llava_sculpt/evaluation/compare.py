@@ -14,13 +14,12 @@ from llava_sculpt.evaluation.prepared import Task, load_tasks
 from llava_sculpt.evaluation.results_file import Results
 from llava_sculpt.evaluation.run import choose_target, summarise
 from llava_sculpt.evaluation.score_files import read_predictions
-from llava_sculpt.evaluation.scorers import scorer_of
 from llava_sculpt.evaluation.scorers.scorer import QuestionId, Score
-from llava_sculpt.names import TASKS
+from llava_sculpt.names import DATA, TASK_NAME, task_label
 from llava_sculpt.records import read_checked
 
 KINDS = {"forgotten": "Forgotten", "learned": "Learned", "wrong": "Both wrong", "right": "Both right"}
-DATA_ROOTS = (Path("data/tiny"), Path("data"))
+DATA_ROOTS = (DATA["tiny"], DATA["paper"])
 # Captions have no right and wrong. Forgotten or learned is a fall or rise of CIDEr by half and by this many points;
 # of the others those are good whose mean over the two models reaches GOOD_CAPTION.
 CLEAR_CIDER = 20.0
@@ -66,6 +65,7 @@ class Comparison:
         rows: of `table.format_table`: (label, scores of the common tasks, Source, Target, Avg).
         target: the task that counts as Target, if there is one.
         items: every scored question, by task.
+        captions: the tasks in which no answer is right or wrong.
         notes: what a reader must know beside the numbers.
     """
 
@@ -74,6 +74,7 @@ class Comparison:
     tasks: list[str]
     target: str | None
     items: list[Item]
+    captions: list[str]
     notes: list[str]
 
     def counts(self, model: int, task: str | None = None) -> dict[str, int]:
@@ -110,7 +111,8 @@ def compare(folders: Sequence[Path], roots: Sequence[Path] = DATA_ROOTS) -> Comp
         means = summarise({name: entry["score"] for name, entry in entries.items()}, target)
         rows.append((label, {"tasks": entries, **means}))
     items = [item for task in tasks for item in _items(task, [of_model[task.name] for of_model in scored])]
-    return Comparison(labels, rows, names, target, items, _notes(labels, found, names, scored))
+    captions = [task.name for task in tasks if task.scorer.right_from is None]
+    return Comparison(labels, rows, names, target, items, captions, _notes(labels, found, names, scored))
 
 
 def kind_of(before: float, after: float, right_from: float | None) -> str:
@@ -137,7 +139,7 @@ def format_counts(comparison: Comparison) -> str:
         for task in [*comparison.tasks, None]:
             counts = comparison.counts(model, task)
             told = ", ".join(f"{KINDS[kind].lower()} {count:,}" for kind, count in counts.items())
-            lines.append(f"  {TASKS[task].label if task else 'all'}: {told} (of {sum(counts.values()):,})")
+            lines.append(f"  {task_label(task) if task else 'all'}: {told} (of {sum(counts.values()):,})")
     return "\n".join(lines)
 
 
@@ -147,7 +149,8 @@ def _read_results(folders: Sequence[Path]) -> list[Results]:
         file = folder / "results.json"
         try:
             results = read_checked(file, Results, _not_evaluated(folder))
-            lost = [name for name in results["tasks"] if name not in TASKS or name not in results["settings"]["data"]]
+            known = [n for n in results["tasks"] if TASK_NAME.fullmatch(n) and n in results["settings"]["data"]]
+            lost = [name for name in results["tasks"] if name not in known]
             problems += [f"{file}: tasks: {name!r} is no task, or settings.data does not have it" for name in lost]
             if not results["tasks"]:
                 problems.append(f"{file}: tasks: none was scored")
@@ -174,7 +177,7 @@ def _not_evaluated(folder: Path) -> str:
 
 def _common_tasks(folders: Sequence[Path], found: Sequence[Results]) -> list[str]:
     """The tasks that all have, if they were scored on the same questions in the same way."""
-    names = [name for name in TASKS if all(name in results["tasks"] for results in found)]
+    names = [name for name in found[0]["tasks"] if all(name in results["tasks"] for results in found)]
     if not names:
         raise UserError(f"{', '.join(map(str, folders))}: no task was scored for all of them")
     problems = []
@@ -237,11 +240,10 @@ def _score(folder: Path, results: Results, tasks: Sequence[Task]) -> dict[str, t
         try:
             if not file.is_file():
                 raise UserError(f"{file}: not found; run: {_eval_command(folder, results)}")
-            scorer = scorer_of(task.name)
-            pairs, gold = read_predictions(scorer, file, task.gold)
+            pairs, gold = read_predictions(task.scorer, file, task.gold)
             try:
                 variant = entry["variant"] if entry["variant"] in _VARIANTS else "authors"
-                score = scorer.score(gold, pairs, variant, None)
+                score = task.scorer.score(gold, pairs, variant, None)
             except UserError as error:
                 raise UserError([f"{file}: {problem}" for problem in error.problems]) from error
             if score.metric == entry["metric"] and abs(score.score - entry["score"]) > 1e-6:
@@ -260,14 +262,13 @@ def _score(folder: Path, results: Results, tasks: Sequence[Task]) -> dict[str, t
 def _eval_command(folder: Path, results: Results) -> str:
     """What writes the predictions of an evaluated folder again."""
     model = next((str(place) for place in (folder, Path(results["model_id"])) if _is_model(place)), "MODEL")
-    tasks = ",".join(name for name in TASKS if name in results["tasks"])
+    tasks = ",".join(results["tasks"])
     return f"llava-sculpt eval --model {shlex.quote(model)} --tasks {tasks} --output_dir {shlex.quote(str(folder))}"
 
 
 def _items(task: Task, scored: Sequence[tuple[dict[QuestionId, str], Score]]) -> list[Item]:
     """The questions of a task that count in its score, in their order."""
-    scorer = scorer_of(task.name)
-    right_from = scorer.right_from
+    right_from = task.scorer.right_from
     items = []
     for question in task.questions:
         name = question["question_id"]
@@ -278,7 +279,7 @@ def _items(task: Task, scored: Sequence[tuple[dict[QuestionId, str], Score]]) ->
             Answer(texts[name], value, None if right_from is None else value >= right_from)
             for (texts, _), value in zip(scored, scores, strict=True)
         ]
-        gold = Counter(scorer.gold_texts(task.gold[name])).most_common()
+        gold = Counter(task.scorer.gold_texts(task.gold[name])).most_common()
         kinds = [kind_of(scores[0], after, right_from) for after in scores[1:]]
         image = task.image_folder / question["image"] if "image" in question else None
         items.append(Item(task.name, name, question["text"], image, gold, answers, kinds))
@@ -296,11 +297,11 @@ def _notes(
         for label, results in zip(labels, found, strict=True)
         if results["base"] != found[0]["base"]
     ]
-    left = [name for name in TASKS if name not in names and any(name in results["tasks"] for results in found)]
+    left = [name for name in dict.fromkeys(n for results in found for n in results["tasks"]) if name not in names]
     if left:
-        notes.append(f"Left out, because not every model was scored on it: {', '.join(TASKS[n].label for n in left)}.")
+        notes.append(f"Left out, because not every model was scored on it: {', '.join(task_label(n) for n in left)}.")
     for name in names:
         stored, here = found[0]["tasks"][name]["metric"], scored[0][name][1].metric
         if stored != here:
-            notes.append(f"{TASKS[name].label}: the table has {stored}; question by question it is {here}.")
+            notes.append(f"{task_label(name)}: the table has {stored}; question by question it is {here}.")
     return notes

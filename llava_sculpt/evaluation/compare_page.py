@@ -18,9 +18,8 @@ from llava_sculpt.data.image_check import image_error
 from llava_sculpt.errors import UserError
 from llava_sculpt.evaluation.compare import CLEAR_CIDER, GOOD_CAPTION, KINDS, Comparison, Item
 from llava_sculpt.evaluation.figure import draw_source_target
-from llava_sculpt.evaluation.scorers import scorer_of
 from llava_sculpt.evaluation.table import table_cells
-from llava_sculpt.names import TASKS
+from llava_sculpt.names import task_label
 from llava_sculpt.records import write_atomically
 
 SHOWN = 2000  # questions
@@ -111,10 +110,10 @@ def _render(comparison: Comparison, items: Sequence[Item], pictures: dict[Path, 
     }
     text = environment.get_template("compare.html").render(
         labels=comparison.labels,
-        tasks={name: TASKS[name].label for name in comparison.tasks},
+        tasks={name: task_label(name) for name in comparison.tasks},
         kinds=KINDS,
         cells=table_cells(comparison.rows),
-        target=comparison.target and TASKS[comparison.target].label,
+        target=comparison.target and task_label(comparison.target),
         figure=_figure(comparison),
         notes=comparison.notes,
         counts=[{task or "all": comparison.counts(m, task) for task in (None, *comparison.tasks)} for m in models],
@@ -122,7 +121,7 @@ def _render(comparison: Comparison, items: Sequence[Item], pictures: dict[Path, 
         items=items,
         lines=lambda item: _lines(item.question, instructions[item.task]),
         instructions={task: line for task, line in instructions.items() if line},
-        captions=[task for task in comparison.tasks if scorer_of(task).right_from is None],
+        captions=comparison.captions,
         uris=uris,
         place={file: places[uri] for file, uri in pictures.items()},
         gold_shown=_GOLD,
@@ -137,7 +136,7 @@ def _figure(comparison: Comparison) -> str | None:
     rows = [(label, row["source"], row["target"]) for label, row in comparison.rows]
     if any(source is None or target is None for _, source, target in rows):
         return None
-    name = TASKS[comparison.target].label if comparison.target else "Target"
+    name = task_label(comparison.target) if comparison.target else "Target"
     stream = io.BytesIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "llava_sculpt", "font.family": "sans-serif"}):
         figure = draw_source_target(rows, target_name=name)

@@ -18,20 +18,30 @@ _GREY = "#c8c8c8"
 
 
 def plot_source_target(
-    rows: Sequence[tuple[str, float, float]], path: Path, *, target_name: str = "Target", title: str = ""
+    rows: Sequence[tuple[str, float, float]],
+    path: Path,
+    *,
+    source_name: str = "Source",
+    target_name: str = "Target",
+    title: str = "",
 ) -> None:
     """Write `draw_source_target` as a PNG. The file is written aside and renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.png")
     try:
-        draw_source_target(rows, target_name=target_name, title=title).savefig(temporary, dpi=150)
+        figure = draw_source_target(rows, source_name=source_name, target_name=target_name, title=title)
+        figure.savefig(temporary, dpi=150)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def draw_source_target(
-    rows: Sequence[tuple[str, float, float]], *, target_name: str = "Target", title: str = ""
+    rows: Sequence[tuple[str, float, float]],
+    *,
+    source_name: str = "Source",
+    target_name: str = "Target",
+    title: str = "",
 ) -> Figure:
     """One point per (label, source, target), a legend, and lines of equal Avg behind.
 
@@ -60,7 +70,7 @@ def draw_source_target(
     # Below the plot: names beside the points would cover other points where runs lie close together.
     figure.legend(loc="outside lower center", frameon=False, fontsize=9)
     axes.set_xlabel(f"{target_name} (learned)")
-    axes.set_ylabel("Source (kept)")
+    axes.set_ylabel(f"{source_name} (kept)")
     axes.set_title(title)
     axes.spines[["top", "right"]].set_visible(False)
     return figure

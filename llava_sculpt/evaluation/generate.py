@@ -30,10 +30,11 @@ def generate_answers(
 ) -> Iterator[dict[int, str]]:
     """The model's stripped answers, by place in `questions`, batch by batch; every place comes once.
 
-    A question has "text" (without "<image>") and, if it is about an image, "image": a file relative to
-    `image_folder`, or the image itself, in RGB. `model` is a LlavaForConditionalGeneration or a PeftModel around
-    one; it is used as it is (device, dtype) but in eval mode. An answer is what `model.generate` says greedily to the
-    question alone, whatever else is asked and whatever the batch size (`evaluation/decode.py`). Each image is read
+    A question has "text" (without "<image>"); if it is about an image, "image": a file relative to `image_folder`, or
+    the image itself, in RGB; and if it ends a conversation, "rounds": (question, answer) of what was said before.
+    `model` is a LlavaForConditionalGeneration or a PeftModel around one; it is used as it is (device, dtype) but in
+    eval mode. An answer is what `model.generate` says greedily to the question alone, whatever else is asked and
+    whatever the batch size (`evaluation/decode.py`). Each image is read
     once, if the questions about it fit into one batch. Raises UserError for an image that cannot be read.
     """
     given: dict[str, Image.Image] = {}  # images that are no files, under names that no file has
@@ -47,7 +48,7 @@ def generate_answers(
         return name
 
     prompts = [
-        Prompt.of(i, encode_prompt(q["text"], tokenizer, has_image="image" in q), name_of(q.get("image")))
+        Prompt.of(i, encode_prompt(q["text"], tokenizer, "image" in q, q.get("rounds", ())), name_of(q.get("image")))
         for i, q in enumerate(questions)
     ]
     decoder = Decoder(model, tokenizer, max_new_tokens)

@@ -25,9 +25,8 @@ from llava_sculpt.evaluation.journal import Journal
 from llava_sculpt.evaluation.prepared import Task
 from llava_sculpt.evaluation.processes import from_first, rank, share_out, world_size
 from llava_sculpt.evaluation.results_file import RESULTS_FILE, Inputs, Results, Settings, TaskResult, read_results_file
-from llava_sculpt.evaluation.scorers import scorer_of
 from llava_sculpt.locks import folder_lock, remove_leftovers
-from llava_sculpt.names import SOURCES, TARGETS
+from llava_sculpt.names import SOURCES, is_target
 from llava_sculpt.records import versions, write_atomically, write_json
 from llava_sculpt.tasks.common import json_lines
 
@@ -97,7 +96,7 @@ def _evaluate(
     def answer_rest(task: Task) -> None:
         rest = [question for question in task.questions if question["question_id"] not in known[task.name]]
         shares = share_out(
-            [len(encode_prompt(q["text"], loaded.tokenizer, has_image=False)) for q in rest],
+            [len(encode_prompt(q["text"], loaded.tokenizer, False, q.get("rounds", ()))) for q in rest],
             [q.get("image") for q in rest],
             image_token_count(loaded.model.config),
             world_size(),
@@ -125,7 +124,7 @@ def _evaluate(
             metadata = {"split": split, "prompt_style": task.prompt_style, "decoding": decoding}
             _write_predictions(folder / f"{task.name}.jsonl", task, [text for _, text in pairs], label, metadata)
             variant = okvqa_variant if task.name == "okvqa" else "authors"
-            score = scorer_of(task.name).score(task.gold, pairs, variant, None)
+            score = task.scorer.score(task.gold, pairs, variant, None)
             entry = {key: getattr(score, key) for key in ("score", "n", "metric", "variant")}
             scored[task.name] = cast(TaskResult, {**entry, **metadata, **score.extra})
         return scored
@@ -224,7 +223,7 @@ def summarise(scores: Mapping[str, float], target: str | None) -> Summary:
 
 def choose_target(names: Sequence[str], target: str | None) -> str | None:
     """The Target task: `target` if given (UserError unless it is evaluated), else the only one in `names`."""
-    present = [name for name in TARGETS if name in names]
+    present = [name for name in names if is_target(name)]
     if target is None:
         return present[0] if len(present) == 1 else None
     if target not in present:

@@ -43,7 +43,7 @@ def score_files(
             "Install them, or pass --tokenizer python for a score of another name, 'CIDEr (not PTB)'."
         )
     scorer = scorer_of(benchmark)
-    gold = read_gold(benchmark, annotations, answer_style, lenient=lenient)
+    gold = read_gold(scorer, annotations, answer_style, lenient=lenient)
     if questions is not None:
         asked = _read_question_ids(scorer, questions, gold)
         gold = {question_id: answers for question_id, answers in gold.items() if question_id in asked}
@@ -86,7 +86,7 @@ def format_score(result: dict[str, Any]) -> str:
     )
 
 
-def read_gold(task: str, path: Path, answer_style: str = "letter", *, lenient: bool = False) -> Gold:
+def read_gold(scorer: Scorer, path: Path, answer_style: str = "letter", *, lenient: bool = False) -> Gold:
     """The gold answers of a data set by question id, from its official file or our `test_annotations.json`.
 
     Args:
@@ -98,8 +98,8 @@ def read_gold(task: str, path: Path, answer_style: str = "letter", *, lenient: b
     """
     problems = Problems()
     if not path.is_file():
-        raise UserError(f"{path}: file not found (annotations of {task})")
-    gold = scorer_of(task).read_gold(path, problems, None if lenient else set(), answer_style)
+        raise UserError(f"{path}: file not found (annotations of {scorer.task})")
+    gold = scorer.read_gold(path, problems, None if lenient else set(), answer_style)
     problems.raise_if_any()
     return gold
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llava_sculpt.names import SOURCES, TASKS
+from llava_sculpt.names import SOURCES, task_label
 
-_TASK_COLUMNS = {TASKS[name].label: name for name in SOURCES}
+_TASK_COLUMNS = {task_label(name): name for name in SOURCES}
 _SUMMARY_COLUMNS = {"Source": "source", "Target": "target", "Avg": "avg"}
 
 

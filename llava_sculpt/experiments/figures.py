@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from llava_sculpt.evaluation.figure import COLOURS, MARKERS
 from llava_sculpt.experiments.summary import Row
-from llava_sculpt.names import METHODS, TASKS, TRAINED, ZERO_SHOT
+from llava_sculpt.names import METHODS, TRAINED, ZERO_SHOT, task_label
 from llava_sculpt.records import write_atomically
 
 # One look for each method in all figures: its colour and marker.
@@ -129,7 +129,7 @@ def hyper_parameters(rows: Sequence[Row]) -> Figure | None:
         axes.set_xscale("log")
         _ticks(axes, varied, *(("{:g} %", 100) if name == "sculpt_density" else ()))
         axes.set_xlabel(label)
-    panels[0].set_ylabel(f"score ({TASKS[rows[0].task].label})")
+    panels[0].set_ylabel(f"score ({task_label(rows[0].task)})")
     _legend_below(figure, panels[0])
     return figure
 
@@ -153,7 +153,7 @@ def layer_densities(rows: Sequence[Row]) -> Figure | None:
             axes.plot(list(layers), list(layers.values()), markersize=5, linewidth=1.2, label=kind, **look)
         bound = 100 * fmean(densities["total"][3] for densities in found)
         axes.axhline(bound, color=_GREY, linestyle="--", linewidth=1.2, label=f"Theorem 3.1: {bound:.1f} %")
-        axes.set_title(f"{TASKS[row.task].label}, rank {row.run.setting('lora_r')}")
+        axes.set_title(f"{task_label(row.task)}, rank {row.run.setting('lora_r')}")
         axes.set_xlabel("layer of the LLM")
         _ticks(axes, {layer for layers in by_kind.values() for layer in layers}, most=16)
         axes.set_ylim(bottom=0)
@@ -191,7 +191,7 @@ def frontier(rows: Sequence[Row]) -> Figure | None:
         for x, y, x_half, y_half, colour in crosses:
             axes.errorbar(x, y, xerr=x_half, yerr=y_half, color=colour, linewidth=0.7, alpha=0.35, zorder=1)
         axes.axis(limits)
-        axes.set_title(TASKS[task].label)
+        axes.set_title(task_label(task))
         axes.set_xlabel("Target (learned)")
     panels[0].set_ylabel("Source (kept)")
     _legend_below(figure, panels[0])
@@ -208,7 +208,7 @@ def training_curves(rows: Sequence[Row]) -> Figure | None:
     for axes, (quantity, title) in zip(panels, titles.items(), strict=True):
         for row in shown:
             colour, dashes = _LOOKS[row.run.method]["color"], "-" if row.task == shown[0].task else "--"
-            label: str | None = f"{METHODS[row.run.method].label}, {TASKS[row.task].label}"
+            label: str | None = f"{METHODS[row.run.method].label}, {task_label(row.task)}"
             curves = [result.get("curve", {}) for result in row.results.values()]
             for curve in (curve for curve in curves if quantity in curve):
                 axes.plot(curve["step"], curve[quantity], dashes, color=colour, linewidth=1, label=label)
@@ -229,7 +229,7 @@ def _panels(number: int, size: tuple[float, float], *, sharey: bool = False) -> 
 
 
 def _score_label(rows: Sequence[Row], score: str) -> str:
-    return "Source (kept)" if score == "source" else f"{TASKS[rows[0].task].label} (learned)"
+    return "Source (kept)" if score == "source" else f"{task_label(rows[0].task)} (learned)"
 
 
 def _legend_below(figure: Figure, axes: Axes) -> None:

@@ -1,7 +1,8 @@
-"""The main job: fine-tune on IconQA or COCO, evaluate what was learned and what was forgotten, show both.
+"""The main job: fine-tune on IconQA, COCO or one's own task, evaluate what was learned and forgotten, show both.
 
-`bash scripts/finetune_iconqa.sh` and `scripts/finetune_coco.sh` come here. Scale `paper` is the published run (GPUs,
-LLaVA-1.5-7B, the real data sets); scale `tiny` is the same code on the embedded model and world, on a laptop's CPU.
+`bash scripts/finetune_iconqa.sh`, `finetune_coco.sh` and `finetune_task.sh` come here. Scale `paper` is the published
+run (GPUs, LLaVA-1.5-7B, the real data sets); scale `tiny` is the same code on the embedded model and world, on a
+laptop's CPU.
 """
 
 from __future__ import annotations
@@ -10,84 +11,136 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import torch
 
 from llava_sculpt.artifacts.inference import load_for_inference
 from llava_sculpt.artifacts.model_card import upload_results, write_model_card
 from llava_sculpt.artifacts.open import open_checkpoint
-from llava_sculpt.config_reader import with_defaults, without_token
+from llava_sculpt.config_reader import flag_value, with_defaults, without_token
 from llava_sculpt.data.processing import processing_fingerprint
 from llava_sculpt.errors import UserError
 from llava_sculpt.evaluation.compare import compare
 from llava_sculpt.evaluation.compare_page import write_page
 from llava_sculpt.evaluation.figure import plot_source_target
-from llava_sculpt.evaluation.prepared import load_tasks
+from llava_sculpt.evaluation.own import prepare_own
+from llava_sculpt.evaluation.prepared import Task, load_tasks, own_tasks
 from llava_sculpt.evaluation.results_file import RESULTS_FILE, Results, read_results_file
 from llava_sculpt.evaluation.run import evaluate
 from llava_sculpt.evaluation.table import format_details, format_table
 from llava_sculpt.experiments.tiny_data import prepare_tiny_world
 from llava_sculpt.model.checkpoint import find_base_checkpoint
 from llava_sculpt.model.whole import read_run
-from llava_sculpt.names import METHODS, SOURCES, config_file
-from llava_sculpt.tasks.common import read_manifest
+from llava_sculpt.names import DATA, METHODS, SOURCES, TARGETS, TASKS, config_file, task_label
+from llava_sculpt.tasks.common import MANIFEST, describe, read_manifest
 from llava_sculpt.train.train import main as train_main
 
 PAPER_MODEL = "llava-hf/llava-1.5-7b-hf"
 TINY_MODEL = "data/tiny_llava"
-DATA = {"tiny": Path("data/tiny"), "paper": Path("data")}
 MODEL = {"tiny": TINY_MODEL, "paper": PAPER_MODEL}
 EVAL_BATCH = {"tiny": 100, "paper": 16}
 GLOBAL_BATCH = 16
 PER_DEVICE_BATCH = 4
 
 
-def missing_for_paper(task: str) -> list[str]:
-    """What this machine lacks for the paper's run, each with how to get it."""
+def missing_for_paper(task: str, model: str = PAPER_MODEL) -> list[str]:
+    """What this machine lacks for the paper's run, or one's own at that scale, each with how to get it."""
     missing = []
     if not torch.cuda.is_available():
         missing.append("a CUDA GPU (the paper used 4 x 24 GB)")
     try:
-        find_base_checkpoint(PAPER_MODEL)
+        find_base_checkpoint(model)
     except UserError:
-        missing.append(f"the base model: hf download {PAPER_MODEL}")
-    for name in (task, *SOURCES):
-        if not (DATA["paper"] / name / "manifest.json").is_file():
+        missing.append(f"the base model: hf download {model}")
+    for name in (task, *SOURCES) if task in TASKS else ():
+        if not (DATA["paper"] / name / MANIFEST).is_file():
             missing.append(f"data/{name}: llava-sculpt prepare {name} --raw data/raw/{name} --out data/{name}")
     return missing
 
 
 def finetune(
-    task: str, scale: str | None, method: str, rank: int, seed: int, output_dir: str | None, train_flags: list[str]
+    task: str,
+    scale: str | None,
+    method: str,
+    rank: int,
+    seed: int,
+    output_dir: str | None,
+    train_flags: list[str],
+    data: Path | None = None,
+    **own: Any,
 ) -> int:
     """Train, evaluate, and show one run; returns the exit code.
 
     Args:
-        task: iconqa or coco.
+        task: iconqa, coco, or the name of one's own task.
         scale: paper, tiny, or None for what this machine can run.
         train_flags: further flags for the training entry point; they win over the configuration file.
+        data: training JSON of one's own task, prepared here with `own`, the options of `prepare_own`; None if that
+            was done before.
 
     Raises:
         UserError: the scale asked for cannot run here, or any bad input.
     """
-    missing = missing_for_paper(task) if scale != "tiny" else []
+    _check_flags(task, train_flags)
+    base = flag_value(train_flags, "model_name_or_path")
+    missing = missing_for_paper(task, base or PAPER_MODEL) if scale != "tiny" else []
     if scale == "paper" and missing:
         raise UserError(["--scale paper cannot run here; missing:", *(f"  {item}" for item in missing)])
     chosen = scale or ("tiny" if missing else "paper")
+    model = base or MODEL[chosen]
     folder = Path(output_dir or f"runs/{chosen}/{task}/{method}_r{rank}_seed{seed}")
+    if data is not None:
+        print(describe(DATA[chosen] / task, prepare_own(DATA[chosen] / task, data, **own)))
     print(_banner(task, chosen, method, rank, seed, folder, missing))
     if chosen == "tiny":
         prepare_tiny_world(DATA["tiny"])
-    load_tasks([task, *SOURCES], DATA[chosen], "test")  # before hours of training, not after
+    tasks = [task, *SOURCES]
+    if task not in TASKS:
+        _check_own(task, chosen)
+        tasks = [task, *(name for name in SOURCES if (DATA[chosen] / name / MANIFEST).is_file())]
+    _say_tasks(load_tasks(tasks, DATA[chosen], "test"))  # before hours of training, not after
     flags = with_defaults(train_flags, {"method": method, "lora_r": rank, "seed": seed})
     code = launch_training(task, chosen, config_file(chosen, task, method), folder, flags)
     if code != 0:
         return code
-    zero_shot = _zero_shot(task, chosen)
-    results = evaluate_run(folder, task, chosen)
+    zero_shot = _zero_shot(model, tasks, chosen)
+    run = read_run(folder)["config"]
+    label = f"{METHODS[run['method']].label} r={run['lora_r']} seed {run['seed']}"
+    results = evaluate_model(str(folder), folder, tasks, chosen, label)
     _show(task, chosen, folder, zero_shot, results)
     return 0
+
+
+def _check_flags(task: str, flags: list[str]) -> None:
+    """Refuse flags of training that say otherwise than the command itself what is trained on, and then scored."""
+    problems = [
+        f"--{key}: finetune trains on {task} and scores it; your own data: --data FILE --images DIR --name NAME"
+        for key in ("data_path", "image_folder")
+        if flag_value(flags, key) is not None
+    ]
+    if problems:
+        raise UserError(problems)
+
+
+def _check_own(task: str, scale: str) -> None:
+    """Refuse a task of one's own that is not prepared, or without training data."""
+    known = [*TARGETS, *own_tasks(DATA[scale])]
+    if task not in known:
+        raise UserError(
+            f"{task}: not prepared in {DATA[scale]}, as are {', '.join(known)}; your own: --data FILE --images DIR"
+        )
+    training_data(task, scale)
+
+
+def _say_tasks(tasks: Sequence[Task]) -> None:
+    asked = ", ".join(f"{task.name} {len(task.questions):,}" for task in tasks)
+    print(f"test questions: {asked}")
+    if lacking := [name for name in SOURCES if name not in {task.name for task in tasks}]:
+        print(f"not prepared, so what is forgotten of them is not measured: {', '.join(lacking)} (data/README.md)")
 
 
 def _banner(task: str, scale: str, method: str, rank: int, seed: int, folder: Path, missing: list[str]) -> str:
@@ -137,18 +190,25 @@ def launch_training(task: str, scale: str, config: Path, folder: Path, flags: li
 
 
 def training_data(task: str, scale: str) -> tuple[Path, Path]:
-    """The training JSON of a Target task, and the folder its images are in."""
+    """The training JSON of a Target task, and the folder its images are in.
+
+    Raises:
+        UserError: a task that is not prepared, or only to be scored.
+    """
     prepared = DATA[scale] / task
-    return prepared / "train.json", (prepared / read_manifest(prepared, task)["image_folder"]).resolve()
+    images = (prepared / read_manifest(prepared, task)["image_folder"]).resolve()
+    if not (prepared / "train.json").is_file():
+        raise UserError(f"{prepared}: holds no train.json: prepared to be scored only; give training data with --data")
+    return prepared / "train.json", images
 
 
-def _zero_shot(task: str, scale: str) -> Results:
+def _zero_shot(model: str, names: list[str], scale: str) -> Results:
     """The untouched base model's results, evaluated once and kept while base, processing, data and images are."""
-    file = Path(f"runs/{scale}/{task}/zero_shot") / RESULTS_FILE
-    checkpoint = open_checkpoint(MODEL[scale])
+    file = Path(f"runs/{scale}/{names[0]}/zero_shot") / RESULTS_FILE
+    checkpoint = open_checkpoint(model)
     known = _read_or_skip(file) if file.is_file() else None
     if known is not None and "inputs" in known and known["base"] == checkpoint.fingerprint():
-        tasks = load_tasks([task, *SOURCES], DATA[scale], "test")
+        tasks = load_tasks(names, DATA[scale], "test")
         if (
             known["settings"]["data"] == {t.name: t.fingerprint for t in tasks}
             and known["inputs"]["images"] == {t.name: t.images for t in tasks}
@@ -157,14 +217,7 @@ def _zero_shot(task: str, scale: str) -> Results:
             return known
     if file.is_file():
         file.unlink()
-    return evaluate_model(MODEL[scale], file.parent, [task, *SOURCES], scale, "Zero-shot")
-
-
-def evaluate_run(folder: Path, task: str, scale: str) -> Results:
-    """Evaluate a finished run on its Target and the four Source tasks; writes its results.json."""
-    run = read_run(folder)["config"]
-    label = f"{METHODS[run['method']].label} r={run['lora_r']} seed {run['seed']}"
-    return evaluate_model(str(folder), folder, [task, *SOURCES], scale, label)
+    return evaluate_model(model, file.parent, names, scale, "Zero-shot")
 
 
 def evaluate_model(model: str, folder: Path, tasks: list[str], scale: str, label: str, split: str = "test") -> Results:
@@ -187,7 +240,7 @@ def _comparable(earlier: Results, results: Results) -> bool:
     same = [earlier[key] == results[key] for key in ("config_hash", "base", "target_task")]
     if "inputs" in earlier:
         same += [earlier["inputs"][key] == results["inputs"][key] for key in ("processing", "images")]
-    return all(same) and None not in (earlier["source"], earlier["target"])
+    return all(same) and earlier["target"] is not None
 
 
 def _show(task: str, scale: str, folder: Path, zero_shot: Results, results: Results) -> None:
@@ -201,14 +254,17 @@ def _show(task: str, scale: str, folder: Path, zero_shot: Results, results: Resu
             rows.append((earlier["model_id"], earlier))
     rows.append((f"{results['model_id']} (this run)", results))
     write_model_card(folder, results, f"{format_table([rows[0], rows[-1]])}\n\n{format_details(results)}")
-    figure = folder / "source_target.png"
-    plot_source_target(
-        [(label, row["source"] or 0.0, row["target"] or 0.0) for label, row in rows],  # all were evaluated
-        figure,
-        target_name=task,
-        title=f"{task}, {scale} scale",
-    )
-    print(f"\n{format_table(rows)}\n\nfigure: {figure}")
+    print(f"\n{format_table(rows)}\n")
+    if kept := [name for name in SOURCES if name in results["tasks"]]:
+        figure = folder / "source_target.png"
+        points = [
+            (label, fmean(row["tasks"][name]["score"] for name in kept), row["target"] or 0.0)  # both were evaluated
+            for label, row in rows
+        ]
+        source = "Source" if results["source"] is not None else f"mean of {', '.join(map(task_label, kept))}"
+        title = f"{task}, {scale} scale"
+        plot_source_target(points, figure, source_name=source, target_name=task_label(task), title=title)
+        print(f"figure: {figure}")
     page = folder / "forgetting.html"
     try:
         write_page(compare([Path(f"runs/{scale}/{task}/zero_shot"), folder], [DATA[scale]]), page)

@@ -23,7 +23,18 @@ from pathlib import Path
 from typing import Any
 
 from llava_sculpt.errors import UserError
-from llava_sculpt.names import EDITS, METHODS, SCALES, SOURCES, TARGETS, ZERO_SHOT, config_file
+from llava_sculpt.names import (
+    DATA,
+    EDITS,
+    METHODS,
+    SCALES,
+    SOURCES,
+    TARGETS,
+    ZERO_SHOT,
+    config_file,
+    is_target,
+    recipe_of,
+)
 from llava_sculpt.ranges import out_of_range
 from llava_sculpt.yaml_reader import read_yaml
 
@@ -214,8 +225,9 @@ def _runs_of(where: str, scale: str, split: str, chosen: dict[str, Any], problem
     if method == ZERO_SHOT:
         problems += [f"{where}: {key}: zero_shot has no settings" for key in chosen]
         return [Run(scale, ANY_TASK, method, split, None)]
-    if task not in TARGETS:
-        problems.append(f"{where}: task: {task!r:.60} is not one of {', '.join(TARGETS)}")
+    if task not in TARGETS and not (isinstance(task, str) and is_target(task) and (DATA[scale] / task).is_dir()):
+        own = f"nor a task of your own that is prepared in {DATA[scale]}"
+        problems.append(f"{where}: task: {task!r:.60} is not one of {', '.join(TARGETS)}, {own}")
         return []
     run = Run(scale, task, method, split, 0)
     known = {key: value for key, value in read_mapping(run.config_file).items() if key not in ("method", "seed")}
@@ -248,7 +260,7 @@ def _runs_of(where: str, scale: str, split: str, chosen: dict[str, Any], problem
 
 
 def method_values(scale: str, task: str) -> dict[str, dict[str, Any]]:
-    """configs/values/SCALE.yaml, the part of a task: method -> field -> value.
+    """configs/values/SCALE.yaml, the part of a task (one's own: IconQA's): method -> field -> value.
 
     Raises:
         UserError: a task or method that may not stand there.
@@ -256,6 +268,7 @@ def method_values(scale: str, task: str) -> dict[str, dict[str, Any]]:
     file = VALUES / f"{scale}.yaml"
     content = read_mapping(file)
     problems = [f"{file}: {key}: not one of {', '.join(TARGETS)}" for key in content if key not in TARGETS]
+    task = recipe_of(task)
     found = content.get(task) or {}
     if not isinstance(found, dict):
         raise UserError(f"{file}: {task}: must be `method: values` lines")

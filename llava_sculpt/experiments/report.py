@@ -18,7 +18,7 @@ from llava_sculpt.experiments.pages import PAGES, Missing, Report, ReportFigure,
 from llava_sculpt.experiments.results import read_results, results_folder
 from llava_sculpt.experiments.summary import Choice, Row, choices_of, labels_of, rows_of
 from llava_sculpt.experiments.tables import make_table, overview
-from llava_sculpt.names import TARGETS, TASKS
+from llava_sculpt.names import TARGETS, task_label
 from llava_sculpt.records import write_atomically
 
 TABLE_GRIDS = ("table1", "table2", "table3", "tableI")
@@ -164,7 +164,7 @@ def _missing(
     if there == len(grid.runs):
         return None
     names = labels_of(rows)
-    settings = [f"{TASKS[row.task].label}: {name}" for row, name in zip(rows, names, strict=True) if not row.results]
+    settings = [f"{task_label(row.task)}: {name}" for row, name in zip(rows, names, strict=True) if not row.results]
     command = f"llava-sculpt experiment {grid.name} --scale {scale} --seeds {seeds}"
     return Missing(grid.name, there, len(grid.runs), settings, command)
 
@@ -182,12 +182,12 @@ def _facts(scale: str, shown: Mapping[str, dict[str, Any]]) -> list[tuple[str, s
         for record in records
     )
     metrics = {
-        TASKS[name].label: f"{task['metric']} ({task['variant']}), N {task['n']}"
+        task_label(name): f"{task['metric']} ({task['variant']}), N {task['n']}"
         for content in shown.values()
         for name, task in content["tasks"].items()
     }
     chosen = [
-        f"{TASKS[task].label}: {method} {', '.join(f'{key} {value:g}' for key, value in values.items())}"
+        f"{task_label(task)}: {method} {', '.join(f'{key} {value:g}' for key, value in values.items())}"
         for task in TARGETS
         for method, values in method_values(scale, task).items()
     ]

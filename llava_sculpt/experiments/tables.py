@@ -11,10 +11,10 @@ from typing import Any
 
 from llava_sculpt.experiments.results import mean_and_interval
 from llava_sculpt.experiments.summary import SCORES, Row, mean_over
-from llava_sculpt.names import METHODS, SOURCES, TASKS, ZERO_SHOT
+from llava_sculpt.names import METHODS, SOURCES, ZERO_SHOT, task_label
 
 PAPER_FILE = Path(__file__).with_name("paper_results.json")
-COLUMN_NAMES = {**{name: TASKS[name].label for name in SOURCES}, "source": "Source", "target": "Target", "avg": "Avg"}
+COLUMN_NAMES = {**{name: task_label(name) for name in SOURCES}, "source": "Source", "target": "Target", "avg": "Avg"}
 _ALL = (*SOURCES, *SCORES)
 _COLUMNS = {"table1": _ALL, "table2": _ALL, "table3": SCORES, "tableI": SCORES}
 _CONNECTORS = {"full": "FFT", "lora": "LoRA", "frozen": "Freeze", "sculpt": "Ours"}
@@ -100,7 +100,7 @@ def make_table(grid: str, title: str, rows: list[Row]) -> list[Table]:
         for row in here:
             heading, label, values = _described(grid, row, paper)
             blocks.setdefault(heading, Block(heading)).lines.append(_line([row], _COLUMNS[grid], values, label))
-        named = f"Table {grid.removeprefix('table')}, {TASKS[task].label}: {title}"
+        named = f"Table {grid.removeprefix('table')}, {task_label(task)}: {title}"
         tables.append(Table(f"{grid}_{task}", named, _COLUMNS[grid], list(blocks.values())))
     return tables
 
@@ -118,7 +118,7 @@ def _described(grid: str, row: Row, paper: dict[str, Any]) -> tuple[str, str, Ma
         return "LLM and connector, rank 64", " / ".join(parts), modes.get(parts, {})
     if grid == "table3":
         ablations = {(line["srr"], line["rkh"]): line for line in paper["table_3_rank_32"]}
-        values = ablations.get(parts_of(row), {}).get(TASKS[row.task].label, {})
+        values = ablations.get(parts_of(row), {}).get(task_label(row.task), {})
         return "rank 32", _PARTS[parts_of(row)], values
     known, beta = paper["table_I_beta_iconqa_rank_64"], run.setting("sculpt_beta")
     names = ("Source", "Target", "Avg") if beta in known["beta"] else ()
@@ -130,7 +130,7 @@ def overview(rows: list[Row]) -> Table:
     """Table 1 in short: every method's means over its ranks, seed by seed, with the paper's mean over the same."""
     paper, blocks = read_paper(), []
     for task in _tasks(rows):
-        label, here = TASKS[task].label, [row for row in rows if row.task == task]
+        label, here = task_label(task), [row for row in rows if row.task == task]
         block = Block(label)
         for method in dict.fromkeys(row.run.method for row in here):
             ranked = [row for row in here if row.run.method == method]
@@ -143,7 +143,7 @@ def overview(rows: list[Row]) -> Table:
 
 def _of_paper(paper: dict[str, Any], row: Row) -> dict[str, float]:
     """The paper's Table 1 for a row; {} where it has none."""
-    table, label = paper["table_1"], TASKS[row.task].label
+    table, label = paper["table_1"], task_label(row.task)
     if row.run.method == ZERO_SHOT:
         return table["zero_shot"][label]
     return table["ranks"].get(str(row.run.setting("lora_r")), {}).get(METHODS[row.run.method].label, {}).get(label, {})

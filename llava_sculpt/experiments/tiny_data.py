@@ -60,14 +60,13 @@ def _holds(root: Path, world: dict[str, Any]) -> bool:
         return False
 
 
-def find_data(model: str, base: str | None = None) -> Path:
+def find_data(model: str, base: str | None = None, *, generate: bool = True) -> Path:
     """The folder of the prepared data sets for a model: `tiny` beside a base in `data/tiny_llava`, else `data`.
-
-    The tiny world is made if need be.
 
     Args:
         model: base model, adapter folder or merged model.
         base: base checkpoint, if not the one the adapter names.
+        generate: make the tiny world if need be.
     """
     folder, name = Path(model), model
     if (folder / ADAPTER_CONFIG).is_file():
@@ -78,7 +77,8 @@ def find_data(model: str, base: str | None = None) -> Path:
     if not place.is_dir() or place.absolute().parts[-2:] != ("data", "tiny_llava"):
         return Path("data")
     root = place.parent / "tiny"
-    prepare_tiny_world(root)
+    if generate:
+        prepare_tiny_world(root)
     return root
 
 

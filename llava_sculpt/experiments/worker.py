@@ -26,7 +26,7 @@ from llava_sculpt.experiments.grid import Run
 from llava_sculpt.experiments.jobs import Job, adapter_folder, adapter_root, is_made
 from llava_sculpt.experiments.results import RECORD, result_file, write_result
 from llava_sculpt.locks import output_lock
-from llava_sculpt.names import EDITS, METHODS, PENALTIES, ZERO_SHOT
+from llava_sculpt.names import DATA, EDITS, METHODS, PENALTIES, ZERO_SHOT
 from llava_sculpt.records import read_checked
 
 PRELOAD = [
@@ -54,7 +54,7 @@ def check_inputs(runs: list[Run]) -> dict[str, Any]:
     from llava_sculpt.artifacts.open import open_checkpoint
     from llava_sculpt.config_reader import parse_config
     from llava_sculpt.evaluation.prepared import load_tasks
-    from llava_sculpt.experiments.finetune import DATA, MODEL, missing_for_paper, training_data
+    from llava_sculpt.experiments.finetune import MODEL, missing_for_paper, training_data
     from llava_sculpt.experiments.tiny_data import prepare_tiny_world
     from llava_sculpt.records import file_sha256
 

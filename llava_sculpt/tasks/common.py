@@ -26,13 +26,17 @@ class SplitSize(TypedDict):
 
 
 class Manifest(TypedDict):
-    """What is relied on in the manifest of a prepared folder; `files` are the sha256 of its other files."""
+    """What is relied on in the manifest of a prepared folder.
+
+    `files` are the sha256 of its other files; `metric` is what one's own task is scored by (`names.METRICS`).
+    """
 
     name: str
     splits: dict[str, SplitSize]
     image_folder: Annotated[str, Field(pattern=r"^[^\x00]+$")]
     prompt_style: str
     files: NotRequired[dict[str, str]]
+    metric: NotRequired[str]
 
 
 def read_manifest(folder: Path, name: str) -> Manifest:
@@ -45,6 +49,12 @@ def read_manifest(folder: Path, name: str) -> Manifest:
     if manifest["name"] != name:
         raise UserError(f"{folder / MANIFEST}: holds {manifest['name']!r}, not {name}")
     return manifest
+
+
+def describe(folder: Path, manifest: Record) -> str:
+    """One line about a prepared folder."""
+    counts = ", ".join(f"{split} {facts['n']:,}" for split, facts in manifest["splits"].items())
+    return f"{folder}: {counts}; {manifest.get('metric', manifest['prompt_style'])}; {manifest['license']}"
 
 
 def load_json(path: Path, kind: type[T]) -> T:

@@ -27,8 +27,10 @@ _ALL_FILES = {"train.json"} | {f"{s}{end}" for s in ("val", "test") for end in (
 class Preparation:
     """The options that all data sets share, and the steps of every `prepare`: require, draw, ask, write.
 
-    `own` are the values of the data set's own options. `gold` are the gold answers of a split in the benchmark's
-    official format; `ask` fills in a list of question ids and answers, which a `prepare` may replace.
+    `own` are the values of the data set's own options, `sources` the files that it is made of, by name. `train` are the
+    training records, `lines` the question lines of the other splits, and `gold` their gold answers in the benchmark's
+    official format; `ask` fills in all three, the gold answers as a list of question ids and answers, which a `prepare`
+    may replace.
     """
 
     name: str
@@ -43,10 +45,10 @@ class Preparation:
     overwrite: Annotated[bool, "replace a folder prepared otherwise, or files that are not ours"] = False
     problems: Problems = field(default_factory=Problems, init=False)
     gold: dict[str, Any] = field(default_factory=dict, init=False)
-    _sources: list[Path] = field(default_factory=list, init=False)
+    sources: dict[str, Path] = field(default_factory=dict, init=False)
     _counts: dict[str, dict[str, int | None]] = field(default_factory=dict, init=False)
-    _lines: dict[str, list[Record]] = field(default_factory=dict, init=False)
-    _train: list[Record] | None = field(default=None, init=False)
+    lines: dict[str, list[Record]] = field(default_factory=dict, init=False)
+    train: list[Record] | None = field(default=None, init=False)
 
     def find(self, *places: str) -> Path | None:
         """The first of `places` (relative to the raw folder) that is a file."""
@@ -58,7 +60,7 @@ class Preparation:
         if path is None:
             named = " or ".join(str(self.raw / place) for place in places)
             raise UserError(f"{named}: file not found" + (f". {hint}" if hint else ""))
-        self._sources.append(path)
+        self.sources[path.name] = path
         return path
 
     def count(self, name: str, found: int, official: int | None) -> None:
@@ -92,14 +94,14 @@ class Preparation:
         lines = question_lines(images or self.raw, drawn, file, self.problems)
         if split == "train":
             asked = zip(drawn, lines, strict=True)
-            self._train = [_train_record(f"{self.name}_{q.question_id}", line["image"], q) for q, line in asked]
+            self.train = [_train_record(f"{self.name}_{q.question_id}", line["image"], q) for q, line in asked]
         else:
-            self._lines[split] = lines
+            self.lines[split] = lines
             self.gold[split] = [{"question_id": q.question_id, "answer": q.answer} for q in drawn]
         return drawn
 
-    def write(self, prompt_style: str, license: str, images: Path | None = None) -> Record:
-        """Check all images, then write the prepared folder; returns its manifest.
+    def write(self, prompt_style: str, license: str, images: Path | None = None, **further: str) -> Record:
+        """Check all images, then write the prepared folder; returns its manifest, with what is `further` in it.
 
         Every file is written aside and renamed, the manifest last: a folder with a manifest is complete. The same
         request on the same sources leaves a complete folder untouched, and goes on with a half written one; a folder
@@ -113,7 +115,7 @@ class Preparation:
             raise UserError(
                 f"{self.name}: a text of the raw files holds half of a surrogate pair: {error.object!r}"
             ) from error
-        manifest = self._manifest(files, prompt_style, license, images or self.raw)
+        manifest = {**self._manifest(files, prompt_style, license, images or self.raw), **further}
         if not self.overwrite and self._is_there(manifest):
             return manifest
         with folder_lock(self.out):
@@ -140,7 +142,7 @@ class Preparation:
         if changed:
             raise UserError(
                 f"{self.out}: holds data prepared differently (differs in: {', '.join(changed)}). "
-                "Choose another --out, or pass --overwrite to replace it."
+                "Choose another place (--out, --name), or pass --overwrite to replace it."
             )
         hashes = manifest["files"].items()
         return all((self.out / file).is_file() and file_sha256(self.out / file) == hashed for file, hashed in hashes)
@@ -152,23 +154,23 @@ class Preparation:
         if foreign:
             raise UserError(
                 f"{self.out}: holds files that this preparation did not write: {', '.join(foreign)}. "
-                "Choose another --out, or pass --overwrite to replace them."
+                "Choose another place (--out, --name), or pass --overwrite to replace them."
             )
 
     def _contents(self) -> dict[str, bytes]:
-        files = {} if self._train is None else {"train.json": _json_bytes(self._train)}
-        for split, lines in self._lines.items():
+        files = {} if self.train is None else {"train.json": _json_bytes(self.train)}
+        for split, lines in self.lines.items():
             files[f"{split}.jsonl"] = json_lines(lines)
             files[f"{split}_annotations.json"] = _json_bytes(self.gold[split])
         return files
 
     def _manifest(self, files: dict[str, bytes], prompt_style: str, license: str, images: Path) -> Record:
-        splits = {split: {"n": len(lines)} for split, lines in self._lines.items()}
-        if self._train is not None:
-            splits["train"] = {"n": len(self._train)}
-        sources, style = [*self._sources], [prompt_style] if prompt_style else []
+        splits = {split: {"n": len(lines)} for split, lines in self.lines.items()}
+        if self.train is not None:
+            splits["train"] = {"n": len(self.train)}
+        sources, style = dict(self.sources), [prompt_style] if prompt_style else []
         if self.questions:
-            sources.append(self.questions)
+            sources[self.questions.name] = self.questions
             style.append(f"test as in {self.questions.name}")
         return {
             "name": self.name,
@@ -177,11 +179,11 @@ class Preparation:
             "image_folder": os.path.relpath(images.resolve(), self.out.resolve()),
             "source_counts": self._counts,
             "seed": self.seed,
-            "samples": self.samples if self._train is not None else None,
+            "samples": self.samples if self.train is not None else None,
             "options": {**self.own, "val_samples": self.val_samples},
             "prompt_style": ", ".join(style),
             "license": license,
-            "source_files": {path.name: file_sha256(path) for path in sources},
+            "source_files": {name: file_sha256(path) for name, path in sources.items()},
             "files": {file: hashlib.sha256(content).hexdigest() for file, content in files.items()},
         }
 

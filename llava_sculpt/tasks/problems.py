@@ -42,11 +42,14 @@ class Problems:
         except UserError as error:
             self._by_file.setdefault(str(file), []).extend(error.problems)
 
-    def raise_with_images(self) -> None:
-        """Read every image that `image` found, then `raise_if_any`."""
-        for path, problem in check_images(self._images)[0].items():
+    def raise_with_images(self) -> dict[Path, str]:
+        """Read every image that `image` found, once, then `raise_if_any`; returns the sha256 of those just read."""
+        bad, hashes = check_images(self._images)
+        for path, problem in bad.items():
             self.add(*self._images[path], f"{problem}: {path}")
         self.raise_if_any()
+        self._images.clear()
+        return hashes
 
     def raise_if_any(self) -> None:
         """Raise one UserError with all problems; long lists of one file are cut after 20 with a count."""

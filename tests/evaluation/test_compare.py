@@ -23,7 +23,6 @@ from llava_sculpt.evaluation.compare import KINDS, Comparison, compare, kind_of
 from llava_sculpt.evaluation.compare_page import PAGE_BYTES, SHOWN, write_page
 from llava_sculpt.evaluation.prepared import load_tasks
 from llava_sculpt.evaluation.run import summarise
-from llava_sculpt.evaluation.scorers import scorer_of
 
 IDS = {"gqa": [f"gqa{n}" for n in range(4)], "okvqa": [1, 2, 3, 4], "coco": [7, 8, 9]}
 GOLD = {
@@ -64,7 +63,7 @@ def evaluated(prepare_task, tmp_path, monkeypatch) -> Evaluated:
             pairs = [(q, pair[place]) for q, pair in zip(IDS[task.name], ANSWERS[task.name], strict=True)]
             lines = [json.dumps({"question_id": q, "text": text}) + "\n" for q, text in pairs]
             (folder / "predictions" / f"{task.name}.jsonl").write_text("".join(lines))
-            score = scorer_of(task.name).score(task.gold, pairs, "authors", None)
+            score = task.scorer.score(task.gold, pairs, "authors", None)
             entry = {"split": "test", "prompt_style": task.prompt_style, "decoding": "greedy", "n": score.n}
             scored[task.name] = {**entry, "score": score.score, "metric": score.metric, "variant": score.variant}
         content = {

@@ -205,7 +205,7 @@ def test_all_bad_tasks_are_told_at_once(data_root, tmp_path):
 )
 def test_wrong_names_of_tasks(tasks, words):
     with pytest.raises(UserError, match=words):
-        tasks_of(tasks)
+        tasks_of(tasks, [])
 
 
 def test_question_lines_may_hold_unicode_line_separators(data_root):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from llava_sculpt.errors import UserError
 from llava_sculpt.evaluation.scorers.scorer import Gold, Pairs, Score, Scorer, Seen, match_predictions, percent
+from llava_sculpt.names import TASKS
 from llava_sculpt.tasks.lines import read_records
 from llava_sculpt.tasks.problems import Problems
 
@@ -17,12 +18,13 @@ class Exact(Scorer):
     def read_gold(self, path: Path, problems: Problems, seen: Seen, answer_style: str) -> Gold:
         """A list or JSON lines of {"question_id", "answer"}, which the authors' question files are as well.
 
-        A file that is one JSON object goes to `read_answers` of `tasks/NAME.py`, where there is one.
+        Of a benchmark a file that is one JSON object goes to `read_answers` of `tasks/NAME.py`, where there is one.
         """
-        read_official = getattr(import_module(f"llava_sculpt.tasks.{self.task}"), "read_answers", None)
-        if read_official is not None and _holds_object(path):
-            gold: Gold = read_official(path, problems, answer_style)
-            return gold
+        if self.task in TASKS and _holds_object(path):
+            read_official = getattr(import_module(f"llava_sculpt.tasks.{self.task}"), "read_answers", None)
+            if read_official is not None:
+                gold: Gold = read_official(path, problems, answer_style)
+                return gold
         gold = {}
         for where, record in read_records(path):
             question_id = problems.identifier(record, "question_id", path, where, seen)

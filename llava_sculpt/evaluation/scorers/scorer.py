@@ -83,6 +83,10 @@ class Scorer(ABC):
         """The gold answers of one question as texts, from its value in `Gold`; one that several gave comes again."""
         return [answers]
 
+    def gold_problem(self, answer: str) -> str | None:
+        """Why a text cannot be a gold answer here; None if it can."""
+        return None
+
     def lenient(self, gold: Gold, pairs: Pairs) -> tuple[Gold, Pairs]:
         """`gold` and predictions as the official script counts missing, duplicate and unknown ids.
 

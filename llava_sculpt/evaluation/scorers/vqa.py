@@ -73,7 +73,7 @@ class OKVQA(Scorer):
     def score(self, gold: Gold, pairs: Pairs, variant: str, tokenizer: str | None) -> Score:
         texts = match_predictions(pairs, gold, self.task)
         compare = _authors if variant == "authors" else _official
-        accuracies = {name: _leave_one_out(*compare(texts[name], answers)) for name, answers in gold.items()}
+        accuracies = {name: leave_one_out(*compare(texts[name], answers)) for name, answers in gold.items()}
         score = 100 * sum(accuracies.values()) / len(accuracies)
         return Score(score, len(accuracies), "VQA accuracy", variant, percent(accuracies))
 
@@ -133,7 +133,7 @@ class TextVQA(Scorer):
     def score(self, gold: Gold, pairs: Pairs, variant: str, tokenizer: str | None) -> Score:
         texts = match_predictions(pairs, gold, self.task)
         accuracies = {
-            name: _leave_one_out(_m4c(texts[name]), list(enumerate(map(_m4c, record["answers"]))))
+            name: leave_one_out(_m4c(texts[name]), list(enumerate(map(_m4c, record["answers"]))))
             for name, record in gold.items()
         }
         return Score(100 * mean(accuracies.values()), len(accuracies), "VQA accuracy", "m4c", percent(accuracies))
@@ -152,7 +152,7 @@ def _question_of(prompt: Any) -> str | None:
     return lines[0].lower() if len(lines) == 2 else None
 
 
-def _leave_one_out(prediction: str, answers: Sequence[tuple[Any, str]]) -> float:
+def leave_one_out(prediction: str, answers: Sequence[tuple[Any, str]]) -> float:
     """Mean over annotators of min(1, matches among the other annotators / 3): 1/2/3/4 of 10 -> 0.3/0.6/0.9/1.
 
     `answers` are (annotator, answer) pairs. "The others" are the pairs that differ from the one left out, so
