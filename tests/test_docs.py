@@ -75,13 +75,17 @@ RULES = [
     Rule(r"(torchrun|deepspeed) .*--node_rank", instead="two launchers"),
     Rule(r"(torchrun|deepspeed|accelerate) ", add=ON_CPU, slow=True, says="engine: .*2 process"),
     Rule(r"llava-sculpt eval --calibrate", code=2, says=f"not prepared|{PAPER}"),
+    Rule(r"python scripts/draw_charts.py", says="500 pictures", slow=True),
+    Rule(r"llava-sculpt prepare own", says="train 900", slow=True),
     Rule(r"llava-sculpt prepare .*--train_captions official", add=f"{SMALL} --overwrite"),
     Rule(r"llava-sculpt prepare", add=SMALL),
     Rule(r"llava-sculpt check-data", says="samples|records"),
     Rule(r"llava-sculpt train", add=f"--output_dir runs/again {SHORT}"),
     Rule(r"llava-sculpt plan", says="GB"),
+    Rule(r"llava-sculpt eval .*--data ", says="all_charts: accuracy", slow=True),
     Rule(r"llava-sculpt eval", add="--split val --batch_size 32", says="IconQA|iconqa"),
     Rule(r"llava-sculpt ask .*--json", says=r'"image": "y.png",\n.*How many are there.*\n.*answer'),
+    Rule(r"llava-sculpt ask runs/tiny/charts", slow=True),
     Rule(r"llava-sculpt ask"),
     Rule(r"llava-sculpt chat", instead="a terminal"),
     Rule(r"llava-sculpt compare BASE RUN", code=2, says="BASE: folder not found"),
@@ -95,7 +99,7 @@ RULES = [
 ]
 # What stands for a name of the reader's, in this order.
 PLACEHOLDERS = [
-    (r"^\.venv/bin/llava-sculpt", "llava-sculpt"),
+    (r"^\.venv/bin/(llava-sculpt|python)", r"\1"),
     (r"\{(\w+)(,\w+)+\}", r"\1"),  # {a,b} and a|b: the first
     (r"(?<=[\w/])(\|[\w/.]+)+", ""),
     (r"[\[\]]", ""),  # [--optional VALUE]: given

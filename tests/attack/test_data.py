@@ -139,6 +139,42 @@ def test_official_files(tries: Tries, raw: Path, tmp_path: Path, capsys: pytest.
             assert unused or manifest != {**expected[name], "image_folder": manifest["image_folder"]}, change
 
 
+def test_ones_own_task(tries: Tries, training_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = fresh_copy(training_data, tmp_path / "mine")
+    for number in range(4):
+        Image.new("RGB", (5, 5), (60 * number, 0, 0)).save(mine / "images" / f"test{number}.png")
+    asked = [{"question_id": n, "image": f"test{n}.png", "text": "what ?"} for n in range(4)]
+    (mine / "test.jsonl").write_text("".join(json.dumps(q) + "\n" for q in asked))
+    (mine / "gold.json").write_text(json.dumps([{"question_id": n, "answer": "red"} for n in range(4)]))
+    talk = [{"from": who, "value": said} for who, said in (("human", "<image>\na ?"), ("gpt", "b"))] * 2
+    talk[2] = {"from": "human", "value": "and now ?"}
+    (mine / "talk.json").write_text(json.dumps([{"image": f"test{n}.png", "conversations": talk} for n in range(4)]))
+
+    def prepare(folder: Path, out: Path, kind: int) -> Callable[[], int]:
+        words = ["prepare", "own", "--data", f"{folder}/train.json", "--images", f"{folder}/images", "--out", str(out)]
+        further = ([], ["--test", f"{folder}/test.jsonl", "--answers", f"{folder}/gold.json", "--metric", "vqa"])
+        return partial(main, [*words, *(*further, ["--test", f"{folder}/talk.json"])[kind]])
+
+    expected = []
+    for kind in range(3):
+        assert outcome(prepare(mine, tmp_path / f"known{kind}", kind), capsys).code == 0
+        expected.append(json.loads((tmp_path / f"known{kind}/manifest.json").read_text())["files"])
+    before = digests(mine)
+    for number, rng in enumerate(tries):
+        folder, out, kind = fresh_copy(mine, tmp_path / "now"), tmp_path / "out" / f"own{number}", rng.randrange(3)
+        change = damage(rng, any_file(rng, folder))
+        found = outcome(prepare(folder, out, kind), capsys)
+        assert found.code in (0, 2), (change, found)
+        if found.code == 2:
+            assert not out.exists(), change
+            continue
+        manifest = json.loads((out / "manifest.json").read_text())
+        assert len(load_tasks([out.name], out.parent, "test")[0].questions) >= 2, change
+        changed = {name for name, _ in digests(folder).items() ^ before.items()}
+        if manifest["files"] != expected[kind]:  # other data that are sound
+            assert changed & ({"train.json", "test.jsonl", "gold.json", "talk.json"} | {n for n in changed if "/" in n})
+
+
 @pytest.fixture(scope="module")
 def loaded(checkpoint: Path) -> Inference:
     return load_for_inference(str(checkpoint))
