@@ -55,6 +55,7 @@ RANGES = {
     "dataloader_num_workers": "[0, 1000]",
     "dataloader_prefetch_factor": _COUNT,
     "ddp_bucket_cap_mb": _COUNT,
+    "forgetting_probe": _NOT_NEGATIVE,
     "ddp_timeout": "[1, 1000000000]",
 }
 
@@ -237,6 +238,10 @@ class TrainingArguments(HfTrainingArguments):
         default="all", metadata={"help": "Count tokens for tokens/s.", "choices": ["all", "non_padding", "no"]}
     )
 
+    forgetting_probe: int = field(
+        default=0,
+        metadata={"help": "Training pictures about which the base is asked, to measure forgetting; 0 measures none."},
+    )
     hub_strategy: str = field(
         default="end", metadata={"help": "With --push_to_hub: upload the finished run.", "choices": ["end"]}
     )
@@ -302,6 +307,6 @@ _DOES_NOT_CHANGE_THE_RESULT = frozenset(
     per_device_train_batch_size gradient_accumulation_steps activation_checkpointing gradient_checkpointing
     include_num_input_tokens_seen use_cpu ignore_plan deepspeed model_name_or_path data_path image_folder
     eval_data_path eval_image_folder allow_outside eval_strategy eval_steps eval_delay eval_on_start do_eval
-    per_device_eval_batch_size eval_accumulation_steps
+    per_device_eval_batch_size eval_accumulation_steps forgetting_probe
     """.split()
 )

@@ -15,12 +15,13 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache
 
 from llava_sculpt.data.collator import left_pad
 from llava_sculpt.data.conversation import IMAGE_TOKEN_INDEX
 from llava_sculpt.data.tokenizer import LlavaTokenizer
 from llava_sculpt.errors import UserError
+from llava_sculpt.model.greedy import greedy_config
 
 # Two logits that are closer than this are a tie. In float32 the largest change of a margin seen between batch sizes was
 # 4e-6 on the tiny model; 16-bit formats round the logits themselves, bfloat16 to multiples of 2^-3 from 16 on.
@@ -68,7 +69,7 @@ class Decoder:
         self.device, self.dtype = weight.device, weight.dtype
         self.tie = _TIE[self.dtype]
         self.image_tokens = image_token_count(self.llava.config)
-        self.generation = _greedy(self.llava.config, tokenizer, max_new_tokens)
+        self.generation = greedy_config(self.llava.config, tokenizer, max_new_tokens)
         self.heads: dict[tuple[int, ...], list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
     def answer(
@@ -186,28 +187,3 @@ def check_logits(values: Iterable[float], dtype: torch.dtype) -> None:
 def image_token_count(config: Any) -> int:
     """How many tokens one image takes: the tower's patches (the class token is dropped)."""
     return (config.vision_config.image_size // config.vision_config.patch_size) ** 2
-
-
-def _greedy(config: Any, tokenizer: LlavaTokenizer, max_new_tokens: int) -> GenerationConfig:
-    """Plain greedy decoding.
-
-    Every setting that could change the choice of a token is given, because generate() fills what is left out
-    from the checkpoint's generation_config.json (LLaVA-1.5's asks for sampling). The rows behind the
-    tokenizer's vocabulary (image mark, padding) exist only in this port of LLaVA and are never answers.
-    """
-    return GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=50,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        min_new_tokens=0,
-        use_cache=True,
-        max_new_tokens=max_new_tokens,
-        bos_token_id=tokenizer.bos_id,
-        eos_token_id=tokenizer.eos_id,
-        pad_token_id=tokenizer.vocab_size + 1,
-        suppress_tokens=list(range(tokenizer.vocab_size, config.text_config.vocab_size)),
-    )

@@ -1,9 +1,9 @@
-"""The figure of a comparison: Source (what was kept) against Target (what was learned)."""
+"""Figures of a run: Source (what was kept) against Target (what was learned), and what its forgetting probe saw."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +26,37 @@ def plot_source_target(
     title: str = "",
 ) -> None:
     """Write `draw_source_target` as a PNG. The file is written aside and renamed."""
+    _write(draw_source_target(rows, source_name=source_name, target_name=target_name, title=title), path)
+
+
+def plot_forgetting(curve: Mapping[str, Sequence[float]], path: Path, *, title: str = "") -> None:
+    """Write what a run's forgetting probe has measured as a PNG, aside and renamed: both measures over the steps.
+
+    Args:
+        curve: `train.forgetting.forgetting_curve` of the run, not empty.
+    """
+    figure = Figure(figsize=(7, 2.9), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = (
+        ("forgetting_kl", "KL(base || tuned) per token, nats", 1),
+        ("forgetting_changed", "answers changed, %", 100),
+    )
+    for index, (axes, (key, label, scale)) in enumerate(zip(figure.subplots(1, 2), panels, strict=True)):
+        # Nothing is forgotten before the first step.
+        values = [0.0, *(value * scale for value in curve[key])]
+        axes.plot([0, *curve["step"]], values, marker=MARKERS[index], color=COLOURS[index])
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel(label)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=11)
+    _write(figure, path)
+
+
+def _write(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.png")
     try:
-        figure = draw_source_target(rows, source_name=source_name, target_name=target_name, title=title)
         figure.savefig(temporary, dpi=150)
         os.replace(temporary, path)
     finally:

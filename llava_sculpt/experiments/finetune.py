@@ -26,7 +26,7 @@ from llava_sculpt.data.processing import processing_fingerprint
 from llava_sculpt.errors import UserError
 from llava_sculpt.evaluation.compare import compare
 from llava_sculpt.evaluation.compare_page import write_page
-from llava_sculpt.evaluation.figure import plot_source_target
+from llava_sculpt.evaluation.figure import plot_forgetting, plot_source_target
 from llava_sculpt.evaluation.own import prepare_own
 from llava_sculpt.evaluation.prepared import Task, load_tasks, own_tasks
 from llava_sculpt.evaluation.results_file import RESULTS_FILE, Results, read_results_file
@@ -37,6 +37,7 @@ from llava_sculpt.model.checkpoint import find_base_checkpoint
 from llava_sculpt.model.whole import read_run
 from llava_sculpt.names import DATA, METHODS, SOURCES, TARGETS, TASKS, config_file, task_label
 from llava_sculpt.tasks.common import MANIFEST, describe, read_manifest
+from llava_sculpt.train.forgetting import forgetting_curve
 from llava_sculpt.train.train import main as train_main
 
 PAPER_MODEL = "llava-hf/llava-1.5-7b-hf"
@@ -45,6 +46,7 @@ MODEL = {"tiny": TINY_MODEL, "paper": PAPER_MODEL}
 EVAL_BATCH = {"tiny": 100, "paper": 16}
 GLOBAL_BATCH = 16
 PER_DEVICE_BATCH = 4
+PROBE = 32  # pictures of one's own task
 
 
 def missing_for_paper(task: str, model: str = PAPER_MODEL) -> list[str]:
@@ -103,7 +105,9 @@ def finetune(
         _check_own(task, chosen)
         tasks = [task, *(name for name in SOURCES if (DATA[chosen] / name / MANIFEST).is_file())]
     _say_tasks(load_tasks(tasks, DATA[chosen], "test"))  # before hours of training, not after
-    flags = with_defaults(train_flags, {"method": method, "lora_r": rank, "seed": seed})
+    # Whoever has none of the benchmarks sees on general questions about the own pictures what is forgotten.
+    probe = {} if task in TASKS else {"forgetting_probe": PROBE}
+    flags = with_defaults(train_flags, {"method": method, "lora_r": rank, "seed": seed, **probe})
     code = launch_training(task, chosen, config_file(chosen, task, method), folder, flags)
     if code != 0:
         return code
@@ -265,6 +269,11 @@ def _show(task: str, scale: str, folder: Path, zero_shot: Results, results: Resu
         title = f"{task}, {scale} scale"
         plot_source_target(points, figure, source_name=source, target_name=task_label(task), title=title)
         print(f"figure: {figure}")
+    if curve := forgetting_curve(folder):
+        figure = folder / "forgetting.png"
+        plot_forgetting(curve, figure, title=f"{folder.name}: general questions about {task}'s pictures")
+        told = f"KL {curve['forgetting_kl'][-1]:.3g} nats a token, {curve['forgetting_changed'][-1]:.0%} of answers changed"
+        print(f"figure: {figure} (forgetting, by general questions about the training pictures: {told})")
     page = folder / "forgetting.html"
     try:
         write_page(compare([Path(f"runs/{scale}/{task}/zero_shot"), folder], [DATA[scale]]), page)

@@ -48,6 +48,7 @@ _NOT_IDENTITY = frozenset(
     """
     output_dir save_steps save_total_limit logging_steps report_to model_name_or_path data_path image_folder deepspeed
     dataloader_num_workers activation_checkpointing per_device_train_batch_size gradient_accumulation_steps
+    forgetting_probe
     """.split()
 )
 _PAPER_BATCH = 16  # on any number of GPUs

@@ -88,6 +88,7 @@ class RunResult(TypedDict):
     data: dict[str, str]
     record: Record
     curve: NotRequired[dict[str, list[Finite]]]
+    forgetting: NotRequired[dict[str, list[Finite]]]
     densities: NotRequired[Densities]
 
 
@@ -146,9 +147,11 @@ def _check_whole(file: Path, content: dict[str, Any]) -> None:
         wanted = {"source": source, "target": tasks[target], "avg": (source + tasks[target]) / 2}
         if any(abs(summary[key] - value) > _ROUNDED for key, value in wanted.items()):
             problem = f"scores.{target}: not what the tasks' scores come to"
-    curve, densities = content.get("curve", {}), content.get("densities")
-    if curve and ("step" not in curve or len({len(values) for values in curve.values()}) > 1):
-        problem = "curve: not one value of each quantity for each step"
+    densities = content.get("densities")
+    for part in ("curve", "forgetting"):
+        curve = content.get(part, {})
+        if curve and ("step" not in curve or len({len(values) for values in curve.values()}) > 1):
+            problem = f"{part}: not one value of each quantity for each step"
     if densities and {len(values) for values in (densities["total"], *densities["modules"].values())} != {4}:
         problem = "densities: not four numbers for each module"
     if problem:

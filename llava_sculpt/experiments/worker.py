@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,7 @@ def _score(run: Run, seconds: dict[str, float]) -> dict[str, Any]:
     from llava_sculpt.evaluation.run import summarise
     from llava_sculpt.experiments.finetune import MODEL, evaluate_model
     from llava_sculpt.model.whole import read_run
+    from llava_sculpt.train.forgetting import forgetting_curve
 
     folder, made = adapter_folder(run), run.method != ZERO_SHOT
     (scores_folder(run) / RESULTS_FILE).unlink(missing_ok=True)  # perhaps of an adapter that was made anew since
@@ -217,6 +219,8 @@ def _score(run: Run, seconds: dict[str, float]) -> dict[str, Any]:
         content["config"] = {key: value for key, value in trained["identity"].items() if value is not None}
     if made and run.parent is None:
         content["curve"] = _curve(folder)
+        if probed := forgetting_curve(folder):
+            content["forgetting"] = {key: _rounded(values) for key, values in probed.items()}
     if run.method in ("sculpt", "post_prune"):
         content["densities"] = _densities(folder)
     return content
@@ -228,7 +232,11 @@ def _curve(folder: Path) -> dict[str, list[float]]:
     logs = [entry for entry in history if "loss" in entry]
     logs = logs[:: -(-len(logs) // _CURVE_POINTS) or 1]
     keys = [key for key in _CURVES if key in (logs or [{}])[0]]
-    return {key: [float(f"{entry[key]:.5g}") for entry in logs] for key in keys}
+    return {key: _rounded(entry[key] for entry in logs) for key in keys}
+
+
+def _rounded(values: Iterable[float]) -> list[float]:
+    return [float(f"{value:.5g}") for value in values]
 
 
 def _densities(folder: Path) -> dict[str, Any]:

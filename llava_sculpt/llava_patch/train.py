@@ -57,11 +57,14 @@ def _patch() -> None:
 
 
 def _start_processes(argv: list[str]) -> None:
-    """What has to happen before arguments are parsed, where there is no GPU.
+    """What has to happen before arguments are parsed.
 
-    Left alone, accelerate finds no backend for several processes, or replaces DeepSpeed by DDP in silence.
+    Left alone where there is no GPU, accelerate finds no backend for several processes, or replaces DeepSpeed by DDP
+    in silence.
     """
     words = [word.partition("=")[0] for word in argv]
+    if "--forgetting_probe" in words:
+        raise UserError("forgetting_probe: works in the main front end only (llava-sculpt train); leave it out here")
     if "--deepspeed" in words and "LOCAL_RANK" not in os.environ:
         raise UserError("deepspeed: start it with the deepspeed launcher or torchrun, also for one process")
     if torch.cuda.is_available():

@@ -13,6 +13,8 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 from llava_sculpt.config import Config
 from llava_sculpt.names import METHODS, PENALTIES
 
+_LINES = ("loss", "eval_loss", "forgetting_kl")  # what is logged apart, a line each
+
 
 def say(line: str) -> None:
     """Print a line above any progress bar, at once also into a file."""
@@ -28,12 +30,12 @@ class Bar(ProgressCallback):
 
 
 class LogLines(TrainerCallback):
-    """One line per log of training or evaluation, in place of printed dictionaries."""
+    """One line per log of training, evaluation or the forgetting probe, in place of printed dictionaries."""
 
     def on_log(
         self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **_: Any
     ) -> None:
-        if state.is_world_process_zero and logs is not None and ("loss" in logs or "eval_loss" in logs):
+        if state.is_world_process_zero and logs is not None and any(key in logs for key in _LINES):
             say(log_line(state.global_step, state.max_steps, logs))
 
 
@@ -47,6 +49,8 @@ def log_line(step: int, steps: int, logs: dict[str, Any]) -> str:
     for label, keys, style in (
         ("loss", ("loss",), ".3f"),
         ("held-out loss", ("eval_loss",), ".4f"),
+        ("forgetting KL", ("forgetting_kl",), ".4f"),
+        ("answers changed", ("forgetting_changed",), ".0%"),
         ("task", ("task_loss",), ".3f"),
         ("CMR", ("cmr_llm", "cmr_connector"), ".1e"),
         *((METHODS[name].label, (f"{name}_penalty",), ".1e") for name in PENALTIES),

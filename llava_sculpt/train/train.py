@@ -51,6 +51,7 @@ from llava_sculpt.records import file_sha256, versions
 from llava_sculpt.sculpt import SculptSchedule
 from llava_sculpt.train.callback import check_masks
 from llava_sculpt.train.console import closing_block, say
+from llava_sculpt.train.forgetting import ForgettingProbe, probe_pictures
 from llava_sculpt.train.run_folder import Checkpoint, OpenRun, open_run, saving
 from llava_sculpt.train.trainer import LLaVASculptTrainer, LLaVATrainer
 from llava_sculpt.train.zero import engine_of_checkpoint, leave_together
@@ -87,7 +88,7 @@ def train(config: Config, arguments: Sequence[str]) -> int:
         eval_folder = data.eval_image_folder or data.image_folder
         held_out, _ = _open_dataset(config, checkpoint, data.eval_data_path, eval_folder)
     steps = config.optimizer_steps(len(dataset), config.training.world_size)
-    _check_against_data(config, checkpoint, steps)
+    _check_against_data(config, checkpoint, dataset, steps)
     _check_memory(config, checkpoint, dataset)
 
     output_dir = Path(config.training.output_dir)
@@ -168,7 +169,7 @@ def _quiet_libraries(config: Config) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-def _check_against_data(config: Config, checkpoint: BaseCheckpoint, steps: int) -> None:
+def _check_against_data(config: Config, checkpoint: BaseCheckpoint, dataset: LlavaDataset, steps: int) -> None:
     problems = []
     plugin = config.training.deepspeed_plugin
     engine = None if plugin is None else plugin.hf_ds_config
@@ -203,6 +204,8 @@ def _check_against_data(config: Config, checkpoint: BaseCheckpoint, steps: int) 
             SculptSchedule(config.sculpt.sculpt_warmup_steps, steps)
         except ValueError as error:
             problems.append(f"sculpt_warmup_steps: {error}")
+    if config.training.forgetting_probe and not probe_pictures(dataset.records, 1):
+        problems.append(f"forgetting_probe: {config.data.data_path} has no pictures to ask about; set it to 0")
     if problems:
         raise UserError(problems)
 
@@ -309,11 +312,15 @@ def build_trainer(
         checkpoint.image_size,
         arguments.model_max_length,
     )
-    if config.sculpt.method != LORASCULPT:
-        return LLaVATrainer(peft_model, config, dataset, collator, held_out)
-    connector = CONNECTOR_TARGETS if model_arguments.connector == "sculpt" else None
-    sculpt = config.sculpt.to_config(prune=LLM_TARGETS, regularize=REGULARIZED_LLM, connector=connector)
-    return LLaVASculptTrainer(peft_model, config, dataset, collator, held_out, sculpt=sculpt)
+    if config.sculpt.method == LORASCULPT:
+        connector = CONNECTOR_TARGETS if model_arguments.connector == "sculpt" else None
+        sculpt = config.sculpt.to_config(prune=LLM_TARGETS, regularize=REGULARIZED_LLM, connector=connector)
+        trainer: LLaVATrainer = LLaVASculptTrainer(peft_model, config, dataset, collator, held_out, sculpt=sculpt)
+    else:
+        trainer = LLaVATrainer(peft_model, config, dataset, collator, held_out)
+    if wanted := arguments.forgetting_probe:
+        trainer.add_callback(ForgettingProbe(trainer, probe_pictures(dataset.records, wanted), wanted))
+    return trainer
 
 
 def peak_memory() -> int:

@@ -7,7 +7,7 @@ the sharded fp32 ones, so the next forward would still see old values: here all 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -115,6 +115,19 @@ def gather_working_copies(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str
         else:
             copies[name] = parameter.detach()
     return copies
+
+
+@torch.no_grad()
+def write_working_copies(parameters: Mapping[str, nn.Parameter], values: Mapping[str, torch.Tensor]) -> None:
+    """Overwrite by name what the forward pass computes with; the optimizer's copies stay. Collective under ZeRO-3."""
+    for name, parameter in parameters.items():
+        if is_partitioned(parameter):
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                parameter.copy_(values[name])
+        else:
+            parameter.copy_(values[name])
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from llava_sculpt.errors import UserError
-from llava_sculpt.evaluation.figure import plot_source_target
+from llava_sculpt.evaluation.figure import plot_forgetting, plot_source_target
 from llava_sculpt.evaluation.journal import Journal
 from llava_sculpt.evaluation.prepared import load_tasks, tasks_of
 from llava_sculpt.evaluation.run import choose_target, evaluate, summarise
@@ -256,4 +256,7 @@ def test_figure_is_a_png(tmp_path, rows):
     with Image.open(path) as image:
         assert image.format == "PNG"
         assert image.width > 600
-    assert [p.name for p in path.parent.iterdir()] == ["figure.png"]
+    plot_forgetting({"step": [4], "forgetting_kl": [0.0], "forgetting_changed": [0.0]}, path.parent / "forgetting.png")
+    with Image.open(path.parent / "forgetting.png") as image:
+        assert image.format == "PNG" and image.width > 600
+    assert sorted(p.name for p in path.parent.iterdir()) == ["figure.png", "forgetting.png"]

@@ -42,7 +42,7 @@ def test_no_result_without_a_producer(gathered: Report, monkeypatch: pytest.Monk
     """Every file under results/ is a run of a shipped grid, or written by `report`; and no run is missing."""
     monkeypatch.chdir(REPOSITORY)
     grids = [read_grid(name, "tiny", seeds=3) for name in (*report.TABLE_GRIDS, *report.FIGURE_GRIDS)]
-    grids += [read_grid(name, "tiny") for name in report.SEARCHES]
+    grids += [read_grid(name, "tiny") for name in (*report.SEARCHES, "forgetting")]
     expected = {Path("results/tiny/runs") / f"{run.name}.json" for grid in grids for run in grid.runs}
     expected |= {REPORT / page for page in PAGES}
     expected |= {REPORT / f"{figure.name}.{kind}" for figure in gathered.figures for kind in ("png", "svg")}
