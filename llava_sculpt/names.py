@@ -6,6 +6,7 @@ Adding a baseline or a data set begins with a row here (CONTRIBUTING.md). Import
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,11 @@ DATA = {"paper": Path("data"), "tiny": Path("data/tiny")}  # prepared data sets,
 def task_label(name: str) -> str:
     """The name of a task in tables and figures; one's own is called what its user calls it."""
     return TASKS[name].label if name in TASKS else name
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Tasks as they are shown: one's own, then the benchmarks in the order of `TASKS`."""
+    return sorted(names, key=lambda name: list(TASKS).index(name) if name in TASKS else -1)
 
 
 def is_target(name: str) -> bool:

@@ -15,7 +15,7 @@ from llava_sculpt.evaluation.results_file import Results
 from llava_sculpt.evaluation.run import choose_target, summarise
 from llava_sculpt.evaluation.score_files import read_predictions
 from llava_sculpt.evaluation.scorers.scorer import QuestionId, Score
-from llava_sculpt.names import DATA, TASK_NAME, task_label
+from llava_sculpt.names import DATA, TASK_NAME, in_order, task_label
 from llava_sculpt.records import read_checked
 
 KINDS = {"forgotten": "Forgotten", "learned": "Learned", "wrong": "Both wrong", "right": "Both right"}
@@ -177,7 +177,7 @@ def _not_evaluated(folder: Path) -> str:
 
 def _common_tasks(folders: Sequence[Path], found: Sequence[Results]) -> list[str]:
     """The tasks that all have, if they were scored on the same questions in the same way."""
-    names = [name for name in found[0]["tasks"] if all(name in results["tasks"] for results in found)]
+    names = in_order(name for name in found[0]["tasks"] if all(name in results["tasks"] for results in found))
     if not names:
         raise UserError(f"{', '.join(map(str, folders))}: no task was scored for all of them")
     problems = []
@@ -262,7 +262,7 @@ def _score(folder: Path, results: Results, tasks: Sequence[Task]) -> dict[str, t
 def _eval_command(folder: Path, results: Results) -> str:
     """What writes the predictions of an evaluated folder again."""
     model = next((str(place) for place in (folder, Path(results["model_id"])) if _is_model(place)), "MODEL")
-    tasks = ",".join(results["tasks"])
+    tasks = ",".join(in_order(results["tasks"]))
     return f"llava-sculpt eval --model {shlex.quote(model)} --tasks {tasks} --output_dir {shlex.quote(str(folder))}"
 
 
@@ -297,7 +297,7 @@ def _notes(
         for label, results in zip(labels, found, strict=True)
         if results["base"] != found[0]["base"]
     ]
-    left = [name for name in dict.fromkeys(n for results in found for n in results["tasks"]) if name not in names]
+    left = in_order({name for results in found for name in results["tasks"]} - set(names))
     if left:
         notes.append(f"Left out, because not every model was scored on it: {', '.join(task_label(n) for n in left)}.")
     for name in names:

@@ -104,14 +104,15 @@ def draw_source_target(
 
 
 def _set_limits(axes: Axes, rows: Sequence[tuple[str, float, float]]) -> None:
-    """Room around the points; at least 10 points of score on each axis, and nothing above 100 without need."""
+    """Room around the points; at least 10 points of score on each axis; below 0 and above 100 only where scores are."""
     for column, set_limits, margin in ((2, axes.set_xlim, 0.2), (1, axes.set_ylim, 0.15)):
         values = [float(row[column]) for row in rows]
         low, high = min(values), max(values)
         span = max(high - low, 10.0)
         middle = (low + high) / 2
         top = middle + span * (0.5 + margin)
-        set_limits(middle - span * (0.5 + margin), min(top, 102.0) if high <= 100 else top)
+        bottom = middle - span * (0.5 + margin)
+        set_limits(max(bottom, -2.0) if low >= 0 else bottom, min(top, 102.0) if high <= 100 else top)
 
 
 def _draw_equal_avg(axes: Axes) -> None:

@@ -271,9 +271,10 @@ def _show(task: str, scale: str, folder: Path, zero_shot: Results, results: Resu
         print(f"figure: {figure}")
     if curve := forgetting_curve(folder):
         figure = folder / "forgetting.png"
-        plot_forgetting(curve, figure, title=f"{folder.name}: general questions about {task}'s pictures")
-        told = f"KL {curve['forgetting_kl'][-1]:.3g} nats a token, {curve['forgetting_changed'][-1]:.0%} of answers changed"
-        print(f"figure: {figure} (forgetting, by general questions about the training pictures: {told})")
+        plot_forgetting(curve, figure, title=f"{folder.name}: general questions about pictures of {task}")
+        kl, changed = (curve[key][-1] for key in ("forgetting_kl", "forgetting_changed"))
+        told = f"{changed:.0%} of answers changed, KL {kl:.3g} nats a token"
+        print(f"figure: {figure} (general questions about training pictures: {told})")
     page = folder / "forgetting.html"
     try:
         write_page(compare([Path(f"runs/{scale}/{task}/zero_shot"), folder], [DATA[scale]]), page)
