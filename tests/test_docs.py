@@ -84,6 +84,8 @@ RULES = [
     Rule(r"llava-sculpt ask .*--json", says=r'"image": "y.png",\n.*How many are there.*\n.*answer'),
     Rule(r"llava-sculpt ask"),
     Rule(r"llava-sculpt chat", instead="a terminal"),
+    # It serves until it is stopped: only as far as the port.
+    Rule(r"llava-sculpt demo", add="--port 70000", code=2, says="--port 70000: should be"),
     Rule(r"llava-sculpt compare BASE RUN", code=2, says="BASE: folder not found"),
     Rule(r"llava-sculpt compare", says="forgotten (.|\n)*page: "),
     Rule(r"llava-sculpt score", says="100"),
