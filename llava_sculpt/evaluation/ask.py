@@ -29,7 +29,7 @@ def load(path: str | os.PathLike[str], base: str | None = None, *, beside: Model
     Raises:
         UserError: what is missing or does not fit, before any weight is loaded.
     """
-    return Model(load_for_inference(os.fspath(path), base=base, beside=beside and beside.loaded))
+    return Model(load_for_inference(os.fspath(path), base=base, beside=None if beside is None else beside.loaded))
 
 
 class Model:
