@@ -300,6 +300,29 @@ def _chat(options: argparse.Namespace) -> int:
     return 0
 
 
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a run, a base or merged model, or one on the Hub")
+    parser.add_argument("--against", metavar="MODEL", help="the model beside it (default: the base of a run)")
+    parser.add_argument("--base", help="base checkpoint, if not the one an adapter names")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: others can reach it (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=7860, help="default: %(default)s")
+    parser.add_argument("--max_new_tokens", type=_at_least_1, default=512, help="where an answer is cut off")
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from llava_sculpt.evaluation.demo import demo
+
+    demo(
+        options.model,
+        options.against,
+        base=options.base,
+        host=options.host,
+        port=options.port,
+        max_new_tokens=options.max_new_tokens,
+    )
+    return 0
+
+
 def _add_compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folders",
@@ -589,6 +612,7 @@ _COMMANDS: dict[str, _Command] = {
     "eval": ("score a model on the prepared tasks", _add_eval, _eval),
     "ask": ("questions about pictures, answered", _add_ask, _ask),
     "chat": ("a conversation about a picture, on the terminal", _add_chat, _chat),
+    "demo": ("a web page on which two models answer side by side", _add_demo, _demo),
     "compare": (
         "what models forgot and learned: table, figure, and a page of pictures with answers",
         _add_compare,

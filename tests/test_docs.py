@@ -55,7 +55,7 @@ WHERE = {
     "a terminal": ("tests/evaluation/test_ask.py", "def test_a_conversation_on_a_terminal"),
     "set-up": (".ci/run", "make test test-all"),
 }
-NOT_HERE = "not run: it downloads a program or weights"
+NOT_HERE = "not run: it downloads a program or weights, or is another program"
 SHORT = "--max_steps 2 --sculpt_warmup_steps 1 --disable_tqdm true"
 SMALL = "--samples 24 --val_samples 3"
 # The paper's YAMLs with the tiny model on a CPU: every path in them is read.
@@ -71,6 +71,7 @@ RULES = [
     Rule(r"bash eval/\w+.sh", add="--split val", says="gqa|iconqa|GQA|IconQA", slow=True),
     Rule(r"(\.venv[\w-]*/bin/)?(pip|hf|accelerate) .*(install|download|lmms_eval)", instead=NOT_HERE),
     Rule(r"python3 -m venv", instead=NOT_HERE),
+    Rule(r"(transformers|vllm) serve|python (llava_surgery|convert)_\w+.py|llama-mtmd-cli", instead=NOT_HERE),
     Rule(r"deepspeed .*llava_patch", instead="the original package"),
     Rule(r"(torchrun|deepspeed) .*--node_rank", instead="two launchers"),
     Rule(r"(torchrun|deepspeed|accelerate) ", add=ON_CPU, slow=True, says="engine: .*2 process"),
@@ -88,6 +89,8 @@ RULES = [
     Rule(r"llava-sculpt ask runs/tiny/charts", slow=True),
     Rule(r"llava-sculpt ask"),
     Rule(r"llava-sculpt chat", instead="a terminal"),
+    # It serves until it is stopped: only as far as the port.
+    Rule(r"llava-sculpt demo", add="--port 70000", code=2, says="--port 70000: should be"),
     Rule(r"llava-sculpt compare BASE RUN", code=2, says="BASE: folder not found"),
     Rule(r"llava-sculpt compare", says="forgotten (.|\n)*page: "),
     Rule(r"llava-sculpt score", says="100"),

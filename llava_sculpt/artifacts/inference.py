@@ -43,13 +43,16 @@ class Inference:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def load_for_inference(path: str, *, base: str | None = None, dtype: torch.dtype | None = None) -> Inference:
+def load_for_inference(
+    path: str, *, base: str | None = None, dtype: torch.dtype | None = None, beside: Inference | None = None
+) -> Inference:
     """Load a base model, an adapter folder (with its connector), or a merged model.
 
     Args:
         path: folder or Hub id; a folder with adapter_config.json is an adapter.
         base: base checkpoint to use instead of the one the adapter names.
         dtype: default bfloat16 on a GPU, float32 on a CPU.
+        beside: a model loaded before; weights that are the same in both are in memory once.
 
     Raises:
         UserError: what is missing or does not fit, before any weight is loaded.
@@ -68,6 +71,8 @@ def load_for_inference(path: str, *, base: str | None = None, dtype: torch.dtype
             # PEFT takes the norms of W + BA anew for every token; merged in float32 the model answers the same.
             model.merge_adapter()
     model.eval()
+    if beside is not None:
+        _share_weights(model, beside.model)
     if torch.cuda.is_available():
         model.to("cuda")
     return Inference(
@@ -77,3 +82,18 @@ def load_for_inference(path: str, *, base: str | None = None, dtype: torch.dtype
         checkpoint,
         folder if is_adapter else None,
     )
+
+
+def _share_weights(model: nn.Module, other: nn.Module) -> None:
+    """Put the parameters of `other` in the place of those that have the same name in the base model, and values."""
+    known = {_base_name(name): parameter for name, parameter in other.named_parameters()}
+    for name, module in model.named_modules():
+        for leaf, own in list(module.named_parameters(recurse=False)):
+            twin = known.get(_base_name(f"{name}.{leaf}"))
+            if twin is not None and twin.dtype == own.dtype and torch.equal(twin.to(own.device), own):
+                setattr(module, leaf, twin)
+
+
+def _base_name(name: str) -> str:
+    """A parameter's name without what PEFT adds to it."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")

@@ -17,18 +17,19 @@ from llava_sculpt.evaluation.generate import generate_answers
 Picture = str | os.PathLike[str] | Image.Image  # a file, or the picture itself
 
 
-def load(path: str | os.PathLike[str], base: str | None = None) -> Model:
+def load(path: str | os.PathLike[str], base: str | None = None, *, beside: Model | None = None) -> Model:
     """A model ready to answer: a run, a base or merged model, or the id of one on the Hub.
 
     In bfloat16 on a GPU, in float32 on a CPU.
 
     Args:
         base: base checkpoint to use instead of the one that a run's adapter names.
+        beside: a model loaded before; weights that are the same in both are in memory once.
 
     Raises:
         UserError: what is missing or does not fit, before any weight is loaded.
     """
-    return Model(load_for_inference(os.fspath(path), base=base))
+    return Model(load_for_inference(os.fspath(path), base=base, beside=None if beside is None else beside.loaded))
 
 
 class Model:

@@ -315,7 +315,7 @@ def test_the_end_of_the_context(model: Model, monkeypatch: pytest.MonkeyPatch) -
 @pytest.fixture
 def commands(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """`ask` and `chat` use the model with clear decisions, without loading it."""
-    monkeypatch.setattr(ask_module, "load_for_inference", lambda path, base: model.loaded)
+    monkeypatch.setattr(ask_module, "load_for_inference", lambda path, **_: model.loaded)
 
 
 @pytest.mark.usefixtures("commands")
