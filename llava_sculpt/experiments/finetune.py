@@ -255,7 +255,8 @@ def _show(task: str, scale: str, folder: Path, zero_shot: Results, results: Resu
         earlier = _read_or_skip(file)
         # Only what was scored on the same questions, in the same way, may stand in one table.
         if earlier is not None and _comparable(earlier, results):
-            rows.append((earlier["model_id"], earlier))
+            same = earlier["model_id"] == results["model_id"]  # with other settings
+            rows.append((f"{earlier['model_id']} ({file.parent.name})" if same else earlier["model_id"], earlier))
     rows.append((f"{results['model_id']} (this run)", results))
     write_model_card(folder, results, f"{format_table([rows[0], rows[-1]])}\n\n{format_details(results)}")
     print(f"\n{format_table(rows)}\n")
