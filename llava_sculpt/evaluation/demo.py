@@ -70,8 +70,6 @@ def demo(model: str, against: str | None, *, base: str | None, host: str, port: 
             threading.Event().wait()
         except OSError as error:
             raise UserError(f"--port {port}: {first_line(error)}") from error
-        finally:
-            page.close(verbose=False)
 
 
 def load_models(model: str, against: str | None, base: str | None) -> list[tuple[str, Model]]:
