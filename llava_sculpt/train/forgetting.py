@@ -63,7 +63,7 @@ class _Batch:
 
     Attributes:
         inputs: of the model's forward: the prompts (padded on the left), each with its answer less the last token.
-        is_answer: bool (B, w), False behind the end of an answer.
+        is_answer: bool (B, w), False behind the end of an answer, and for one that does not count.
         base: float32 (t, V): the base's log-probabilities where `is_answer` is True, row by row.
     """
 
@@ -79,33 +79,34 @@ class ForgettingProbe(TrainerCallback):
     by construction. A resumed run asks the base again, and measures at the same steps.
 
     Training is left as it is: weights, gradients, random numbers and modes. One measurement is a forward pass over N
-    samples, without gradients, in batches of the training's size. On the CPU each process keeps the pictures and at
-    most N x 32 x V float32 log-probabilities (N = 32 and LLaVA-1.5-7B: 43 MB and 131 MB); on the GPU the answers take
-    less than a training step with its activations.
+    samples, without gradients, in batches of the training's size, shared between the processes. On the CPU are kept
+    the pictures and at most N x 32 x V float32 log-probabilities (N = 32 and LLaVA-1.5-7B: 43 MB and 131 MB).
 
     Args:
         trainer: before its training begins. The connector's weights are those of the base.
-        names: the images that are asked about (`probe_pictures`), in the data set's image folder.
-        wanted: how many there should be.
+        dataset: the training data. collator: its own.
+        pictures: N; fewer where the data has fewer.
     """
 
-    def __init__(self, trainer: LLaVATrainer, names: Sequence[str], wanted: int) -> None:
-        self.trainer, self.names, self.wanted = trainer, names, wanted
+    def __init__(self, trainer: LLaVATrainer, dataset: LlavaDataset, collator: TrainCollator, pictures: int) -> None:
+        self.trainer, self._dataset, self._collator, self._wanted = trainer, dataset, collator, pictures
+        self._names = probe_pictures(dataset.records, pictures)
         self._connector = {
             name: parameter for name, parameter in connector_weights(trainer.model).items() if parameter.requires_grad
         }
         self._base_connector = self._copy_of_connector(torch.device("cpu"))
-        self._collator: TrainCollator = trainer.data_collator
         self._batches: list[_Batch] = []
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
             return
-        if state.is_world_process_zero and len(self.names) < self.wanted:
-            say(f"forgetting_probe: {len(self.names)} pictures, not {self.wanted}: the training data has no more")
-        size = args.per_device_train_batch_size
+        if state.is_world_process_zero and len(self._names) < self._wanted:
+            say(f"forgetting_probe: {len(self._names)} pictures, not {self._wanted}: the training data has no more")
+        size, processes = args.per_device_train_batch_size, args.world_size
+        # Under ZeRO-3 the processes compute every forward together: each has as many batches.
+        own = range(args.process_index, math.ceil(len(self._names) / processes) * processes, processes)
         with self._evaluating(), self._as_base():
-            self._batches = [self._ask(start, start + size) for start in range(0, len(self.names), size)]
+            self._batches = [self._ask(own[start : start + size]) for start in range(0, len(own), size)]
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step in measuring_steps(state.max_steps):
@@ -114,7 +115,7 @@ class ForgettingProbe(TrainerCallback):
             control.should_log = due
 
     def measure(self) -> dict[str, float]:
-        """Both measures of the model as it is now. Collective under ZeRO-3."""
+        """Both measures of the model as it is now. Collective."""
         divergence, tokens, changed = 0.0, 0, 0
         with self._evaluating():
             for batch in self._batches:
@@ -124,25 +125,28 @@ class ForgettingProbe(TrainerCallback):
                 answer_of = batch.is_answer.nonzero()[:, 0]
                 changed += len(answer_of[(base.argmax(-1) != tuned.argmax(-1)).cpu()].unique())
                 tokens += len(base)
-        return {"forgetting_kl": divergence / tokens, "forgetting_changed": changed / len(self.names)}
+        divergence, tokens, changed = map(sum, zip(*everyones((divergence, tokens, changed)), strict=True))
+        return {"forgetting_kl": divergence / tokens, "forgetting_changed": changed / len(self._names)}
 
-    def _ask(self, start: int, end: int) -> _Batch:
-        """Let the model as it is now answer the questions about some of the pictures."""
-        dataset: LlavaDataset = self.trainer.train_dataset
-        tokenizer, names = dataset.tokenizer, self.names[start:end]
-        prompts = [encode_prompt(PROMPTS[i % len(PROMPTS)], tokenizer, True) for i in range(start, start + len(names))]
-        fill = self._collator
+    def _ask(self, numbers: Sequence[int]) -> _Batch:
+        """Let the model as it is now answer the questions of these numbers; those from N on do not count.
+
+        Collective under ZeRO-3.
+        """
+        dataset, fill = self._dataset, self._collator
+        tokenizer, names = dataset.tokenizer, [self._names[n % len(self._names)] for n in numbers]
+        prompts = [encode_prompt(PROMPTS[n % len(PROMPTS)], tokenizer, True) for n in numbers]
         inputs = left_pad(prompts, fill.pad_token_id, fill.image_token_id, fill.image_tokens)
         inputs["pixel_values"] = torch.stack([dataset.preprocessor(load_rgb(dataset.image_folder / n)) for n in names])
         llava: Any = self.trainer.model
         generation = greedy_config(llava.config, tokenizer, MAX_NEW_TOKENS)
         said = llava.generate(**self.trainer._prepare_inputs(inputs), generation_config=generation)
         answers: list[list[int]] = said[:, inputs["input_ids"].shape[1] :].tolist()
-        answers = everyones(answers)[0]  # rounding may differ between the processes
         answers = [a[: a.index(tokenizer.eos_id) + 1] if tokenizer.eos_id in a else a for a in answers]
         width = max(map(len, answers))
         padded = torch.tensor([answer + [fill.pad_token_id] * (width - len(answer)) for answer in answers])
-        is_answer = torch.tensor([[place < len(answer) for place in range(width)] for answer in answers])
+        lengths = [len(answer) * (n < len(self._names)) for n, answer in zip(numbers, answers, strict=True)]
+        is_answer = torch.arange(width)[None] < torch.tensor(lengths)[:, None]
         inputs["input_ids"] = torch.cat([inputs["input_ids"], padded[:, :-1]], dim=1)
         inputs["attention_mask"] = torch.cat([inputs["attention_mask"], is_answer[:, :-1].long()], dim=1)
         inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
@@ -153,7 +157,7 @@ class ForgettingProbe(TrainerCallback):
         model: Any = self.trainer.model
         given = self.trainer._prepare_inputs(dict(inputs))
         logits = model(**given, use_cache=False, logits_to_keep=is_answer.shape[1]).logits
-        answered = logits[is_answer.to(logits.device)][:, : self.trainer.train_dataset.tokenizer.vocab_size]
+        answered = logits[is_answer.to(logits.device)][:, : self._dataset.tokenizer.vocab_size]
         return answered.float().log_softmax(-1)
 
     @contextmanager

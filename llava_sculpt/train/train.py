@@ -319,7 +319,7 @@ def build_trainer(
     else:
         trainer = LLaVATrainer(peft_model, config, dataset, collator, held_out)
     if wanted := arguments.forgetting_probe:
-        trainer.add_callback(ForgettingProbe(trainer, probe_pictures(dataset.records, wanted), wanted))
+        trainer.add_callback(ForgettingProbe(trainer, dataset, collator, wanted))
     return trainer
 
 
