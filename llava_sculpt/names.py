@@ -57,7 +57,7 @@ class TaskName:
     """A benchmark that models are trained on (Target), that shows what they forget (Source), or that is only scored.
 
     `tasks/NAME.py` prepares it from its official files. Every other name stands for a task of the user's own, a Target
-    that `tasks/own.py` prepares, with the scorer that its manifest names.
+    that `evaluation/own.py` prepares, with the scorer that its manifest names.
 
     Attributes:
         label: its name in tables and figures, as in the paper.

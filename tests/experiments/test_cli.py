@@ -54,6 +54,7 @@ def test_the_token_is_not_shown(
     (tmp_path / "iconqa" / "manifest.json").write_text(
         '{"name": "iconqa", "splits": {}, "image_folder": "images", "prompt_style": ""}'
     )
+    (tmp_path / "iconqa" / "train.json").write_text("[]")
     monkeypatch.setitem(finetune.DATA, "paper", tmp_path)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     started = []
