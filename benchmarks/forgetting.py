@@ -1,9 +1,9 @@
-"""How well the forgetting probe follows the loss of Source: rank correlations over the runs of configs/grids/forgetting.yaml.
+"""How well the forgetting probe follows the loss of Source: rank correlations over the runs of its grid.
 
 python benchmarks/forgetting.py
 
-The loss is zero-shot Source minus the run's Source, the measures are those of its last step. Intervals: percentiles of
-10,000 bootstrap samples of the runs.
+The loss is zero-shot Source minus the run's Source, the measures are those of its last step; beside them the learning
+rate, which foretells forgetting without any measurement. Intervals: percentiles of 10,000 bootstrap samples of the runs.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main() -> None:
     for run in runs:
         scores, measured = results[run.name]["scores"][run.task], results[run.name]["forgetting"]
         loss = results[zero_shot.name]["scores"][run.task]["source"] - scores["source"]
-        rows.append([loss, *(measured[name][-1] for name in MEASURES)])
+        rows.append([loss, *(measured[name][-1] for name in MEASURES), run.setting("learning_rate")])
         setting = f"{run.method:6}  {run.setting('lora_r'):4}  {run.setting('learning_rate'):13g}"
         measures = f"{rows[-1][1]:5.3f}  {rows[-1][2]:6.0%}"
         print(f"{setting}  {measures}  {scores['source']:6.2f}  {loss:5.2f}  {scores['target']:6.2f}")
@@ -65,7 +65,7 @@ def main() -> None:
     small = f"loss below {SMALL_LOSS:g} points"
     for name, chosen in (("all runs", np.full(len(table), True)), (small, table[:, 0] < SMALL_LOSS)):
         loss, *measures = table[chosen].T
-        for measure, values in zip(MEASURES, measures, strict=True):
+        for measure, values in zip((*MEASURES, "learning_rate"), measures, strict=True):
             low, high = interval(values, loss)
             print(f"{name}, n = {len(loss)}: {measure:18}  {spearman(values, loss):.2f} [{low:.2f}, {high:.2f}]")
 
