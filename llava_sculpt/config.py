@@ -240,7 +240,7 @@ class TrainingArguments(HfTrainingArguments):
 
     forgetting_probe: int = field(
         default=0,
-        metadata={"help": "Training pictures about which the base is asked, to measure forgetting; 0 measures none."},
+        metadata={"help": "Training pictures on which forgetting is measured; 0: not at all."},
     )
     hub_strategy: str = field(
         default="end", metadata={"help": "With --push_to_hub: upload the finished run.", "choices": ["end"]}

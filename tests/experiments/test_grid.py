@@ -51,6 +51,7 @@ def test_settings_are_yaml_then_values_then_grid(here: Path) -> None:
         ({"num_train_epochs": 1.0}, True),  # a number is a number
         ({"sculpt_beta": 1e-2}, True),  # there is no LoRA on the connector
         ({"save_steps": 7}, True),
+        ({"forgetting_probe": 7}, True),
         ({"sculpt_omega": 2}, False),
         ({"sculpt_alpha": 0}, False),
         ({"connector": "sculpt"}, False),

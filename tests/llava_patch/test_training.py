@@ -275,7 +275,6 @@ def test_what_cannot_be_honoured_is_refused_at_once(original: Original, tmp_path
     assert "use_cpu: leave it out with --deepspeed" in output
     output = original(tmp_path / "bad", "torchrun", code=None, deepspeed=ROOT / "configs" / "zero3.json")
     assert "zero_optimization.stage must be 2 here, got 3" in output
-    assert "forgetting_probe: works in the main front end only" in original(
-        tmp_path / "bad", code=2, forgetting_probe=8
-    )
+    output = original(tmp_path / "bad", code=2, forgetting_probe=8)
+    assert "forgetting_probe: works in the main front end only" in output
     assert "start it with the deepspeed launcher" in original(tmp_path / "bad", code=2, **ZERO2)

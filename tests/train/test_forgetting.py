@@ -196,6 +196,13 @@ def test_about_ten_steps_and_the_last_one_are_measured(steps: int) -> None:
     assert max(gaps) - min(gaps) <= 1
 
 
+@pytest.fixture(scope="module")
+def one(flags: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("forgetting") / "one"
+    launch(PYTHON, {**flags, "forgetting_probe": str(PICTURES)}, folder)
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "engine"),
@@ -206,15 +213,14 @@ def test_about_ten_steps_and_the_last_one_are_measured(steps: int) -> None:
     ],
 )
 def test_engines_train_the_same_with_and_without(
-    flags: dict[str, str], tmp_path: Path, command: list[str], engine: dict[str, str]
+    flags: dict[str, str], one: Path, tmp_path: Path, command: list[str], engine: dict[str, str]
 ) -> None:
     two = {**flags, **engine, "per_device_train_batch_size": "2", "save_steps": "1", "save_total_limit": "100"}
     probed = {**two, "forgetting_probe": str(PICTURES)}
     launch(command, two, tmp_path / "without")
     launch(command, probed, tmp_path / "with")
     assert same_files(tmp_path / "with", tmp_path / "without")
-    launch(PYTHON, {**flags, "forgetting_probe": str(PICTURES)}, tmp_path / "one")
-    curve, alone = forgetting_curve(tmp_path / "with"), forgetting_curve(tmp_path / "one")
+    curve, alone = forgetting_curve(tmp_path / "with"), forgetting_curve(one)
     assert curve["step"] == alone["step"]
     assert curve["forgetting_kl"] == pytest.approx(alone["forgetting_kl"], rel=1e-3)
     resumed = cut_off_after(5, tmp_path / "with", tmp_path / "resumed")
