@@ -3,7 +3,7 @@
 python benchmarks/forgetting.py
 
 The loss is zero-shot Source minus the run's Source, the measures are those of its last step; beside them the learning
-rate, which foretells forgetting without any measurement. Intervals: percentiles of 10,000 bootstrap samples of the runs.
+rate, which foretells forgetting without any measurement. Intervals: percentiles of 10,000 bootstrap samples.
 """
 
 from __future__ import annotations
