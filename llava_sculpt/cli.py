@@ -61,29 +61,35 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _add_finetune(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("task", nargs="?", help=f"{', '.join(TARGETS)}, or a task of your own that is prepared")
+    # No positional: argparse would take the value of a flag that only training knows for it.
+    parser.usage = "%(prog)s (TASK | --data FILE) [options] [flags of training]"
     _add_own(parser.add_argument_group("your own task, prepared as data/NAME (tiny: data/tiny/NAME)"))
     parser.add_argument("--scale", choices=SCALES, help="default: paper if this machine can run it")
     parser.add_argument("--method", choices=TRAINED, default=LORASCULPT)
     parser.add_argument("--rank", type=int, default=32, help="LoRA rank (paper: 16, 32, 64)")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--output_dir", help="default: runs/SCALE/TASK/METHOD_rRANK_seedSEED")
-    parser.epilog = "Any flag of `llava-sculpt train --help` goes to training and wins over its YAML."
+    parser.epilog = (
+        f"TASK: {', '.join(TARGETS)}, or a task of your own that is prepared. "
+        "Any flag of `llava-sculpt train --help` goes to training and wins over its YAML."
+    )
 
 
 def _finetune(options: argparse.Namespace) -> int:
     from llava_sculpt.experiments.finetune import finetune
 
-    if (options.task is None) == (options.data is None):
-        raise UserError(f"finetune takes one task ({', '.join(TARGETS)}, your own) or --data TRAIN_JSON --images DIR")
+    flags = options.train_flags
+    task = flags.pop(0) if flags and not flags[0].startswith("-") else None
+    if (task is None) == (options.data is None):
+        raise UserError(f"finetune takes one TASK ({', '.join(TARGETS)}, your own) or --data TRAIN_JSON --images DIR")
     return finetune(
-        options.task or _own_name(options),
+        task or _own_name(options),
         options.scale,
         options.method,
         options.rank,
         options.seed,
         options.output_dir,
-        options.train_flags,
+        flags,
         options.data,
         **_own(options, *_OWN),
     )

@@ -77,7 +77,7 @@ def prepare_own(
     wrong = [f"{path}: file not found" for path in given if not path.is_file()]
     if name in TASKS or not TASK_NAME.fullmatch(name):
         wrong.append(
-            f"{name!r} cannot be the name of a task of your own: letters, digits, _ . -, and no benchmark's name"
+            f"{name!r} cannot be the name of a task of your own (--name): letters, digits, _ . -, and no benchmark's"
         )
     if holdout is not None and test is not None:
         wrong.append("--holdout takes test questions from the training data, --test from a file: give one of them")

@@ -22,6 +22,7 @@ from llava_sculpt.artifacts.inference import load_for_inference
 from llava_sculpt.artifacts.model_card import upload_results, write_model_card
 from llava_sculpt.artifacts.open import open_checkpoint
 from llava_sculpt.config_reader import flag_value, with_defaults, without_token
+from llava_sculpt.data.dataset import read_training_file
 from llava_sculpt.data.processing import processing_fingerprint
 from llava_sculpt.errors import UserError
 from llava_sculpt.evaluation.compare import compare
@@ -97,17 +98,19 @@ def finetune(
     folder = Path(output_dir or f"runs/{chosen}/{task}/{method}_r{rank}_seed{seed}")
     if data is not None:
         print(describe(DATA[chosen] / task, prepare_own(DATA[chosen] / task, data, **own)))
+    if task not in TARGETS:
+        _check_own(task, chosen)
     print(_banner(task, chosen, method, rank, seed, folder, missing))
     if chosen == "tiny":
         prepare_tiny_world(DATA["tiny"])
     tasks = [task, *SOURCES]
-    if task not in TASKS:
-        _check_own(task, chosen)
+    if task not in TARGETS:
         tasks = [task, *(name for name in SOURCES if (DATA[chosen] / name / MANIFEST).is_file())]
     _say_tasks(load_tasks(tasks, DATA[chosen], "test"))  # before hours of training, not after
-    # Whoever has none of the benchmarks sees on general questions about the own pictures what is forgotten.
-    probe = {} if task in TASKS else {"forgetting_probe": PROBE}
-    flags = with_defaults(train_flags, {"method": method, "lora_r": rank, "seed": seed, **probe})
+    flags = with_defaults(train_flags, {"method": method, "lora_r": rank, "seed": seed})
+    if task not in TARGETS and any("image" in record for record in read_training_file(training_data(task, chosen)[0])):
+        # Whoever has none of the benchmarks sees on general questions about the own pictures what is forgotten.
+        flags = with_defaults(flags, {"forgetting_probe": PROBE})
     code = launch_training(task, chosen, config_file(chosen, task, method), folder, flags)
     if code != 0:
         return code
@@ -131,12 +134,11 @@ def _check_flags(task: str, flags: list[str]) -> None:
 
 
 def _check_own(task: str, scale: str) -> None:
-    """Refuse a task of one's own that is not prepared, or without training data."""
-    known = [*TARGETS, *own_tasks(DATA[scale])]
-    if task not in known:
-        raise UserError(
-            f"{task}: not prepared in {DATA[scale]}, as are {', '.join(known)}; your own: --data FILE --images DIR"
-        )
+    """Refuse what is no task of one's own that is prepared, or has no training data."""
+    own = own_tasks(DATA[scale])
+    if task not in own:
+        known = ", ".join([*TARGETS, *own])
+        raise UserError(f"{task}: no task to train on; in {DATA[scale]}: {known}; your own: --data FILE --images DIR")
     training_data(task, scale)
 
 

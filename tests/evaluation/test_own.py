@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from llava_sculpt.evaluation.prepared import load_tasks, tasks_of
 from llava_sculpt.evaluation.run import choose_target, evaluate
 from llava_sculpt.evaluation.scorers import scorer_of
 from llava_sculpt.evaluation.scorers.own import chosen_letter
+from llava_sculpt.experiments import finetune
 from llava_sculpt.experiments.grid import read_grid
+from llava_sculpt.train.train import main as train_main
 from tests.evaluation.conftest import first_questions
 
 
@@ -258,3 +261,46 @@ def test_a_grid_takes_ones_own_task(mine: Path, tmp_path: Path, monkeypatch: pyt
     runs = read_grid(str(grid), "tiny").runs
     assert [run.name.rsplit("_", 1)[0] for run in runs] == [f"charts_{m}_r32_seed1" for m in ("lora", "sculpt", "orth")]
     assert runs[0].tasks[0] == "charts" and runs[2].setting("reg_lambda") is not None
+
+
+def test_finetune_with_some_source_sets(
+    checkpoint: Path,
+    mine: Path,
+    tiny_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """From the data to table, figures, page and card at the paper's scale, but for the GPU: training runs in here."""
+    shutil.copytree("configs", tmp_path / "configs")
+    for recipe in (tmp_path / "configs").glob("iconqa_*.yaml"):
+        kept = [x for x in recipe.open() if not x.startswith(("deepspeed:", "bf16:", "tf32:", "dataloader"))]
+        recipe.write_text("".join(kept))
+    first_questions(tiny_data, tmp_path / "data", {"gqa": 3, "okvqa": 2})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(finetune, "missing_for_paper", lambda *_: [])
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+
+    run = subprocess.run
+
+    def launched(words: list[str], **options: Any) -> subprocess.CompletedProcess[bytes]:
+        if words[:3] != ["deepspeed", "--num_gpus", "1"]:
+            return run(words, **options)
+        return subprocess.CompletedProcess(words, train_main(words[4:]))
+
+    monkeypatch.setattr(subprocess, "run", launched)
+    words = ["finetune", "--scale", "paper", "--data", str(mine / "all.json"), "--name", "mine", "--rank", "4"]
+    words += ["--model_name_or_path", str(checkpoint), "--max_steps", "3", "--sculpt_warmup_steps", "1"]
+    assert main([*words, "--forgetting_probe", "3"]) == 0
+    told = capsys.readouterr()
+    folder = tmp_path / "runs/paper/mine/sculpt_r4_seed42"
+    assert "not prepared, so what is forgotten of them is not measured: ocrvqa, textvqa" in told.out
+    assert "of answers changed" in told.out
+    results = json.loads((folder / "results.json").read_text())
+    assert set(results["tasks"]) == {"mine", "gqa", "okvqa"} and results["source"] is None
+    assert results["target"] == results["tasks"]["mine"]["score"]
+    for name in ("source_target.png", "forgetting.png", "forgetting.html", "README.md"):
+        assert (folder / name).stat().st_size > 1000, name
+    assert json.loads((folder / "run.json").read_text())["base"]["path"] == str(checkpoint)
+    assert main(["finetune", "mine", *words[1:3], *words[7:], "--method", "lora"]) == 0  # by its name, once prepared
+    assert "LoRASculpt r=4 seed 42" in capsys.readouterr().out

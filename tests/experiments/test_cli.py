@@ -30,6 +30,13 @@ from llava_sculpt.names import TRAINED, config_file
         (["experiment", "tabel1", "--scale", "tiny"], "did you mean table1?"),
         (["experiment", "nowhere.yaml", "--scale", "tiny"], "nowhere.yaml"),
         (["finetune", "iconqa", "--scale", "paper"], "--scale paper cannot run here"),
+        (["finetune", "gqa", "--scale", "tiny"], "gqa: no task to train on"),
+        (["finetune", "../chess", "--scale", "tiny"], "../chess: no task to train on"),
+        (["finetune"], "finetune takes one TASK"),
+        (["finetune", "iconqa", "--data", "x.json"], "finetune takes one TASK"),
+        (["finetune", "iconqa", "--metric", "vqa"], "--metric: belongs to --data"),
+        (["finetune", "iconqa", "--data_path", "x.json"], "--data_path: finetune trains on iconqa and scores it"),
+        (["finetune", "--data", "a b.json"], "(--name)"),
         (["train", "--config", "nowhere.yaml"], "nowhere.yaml"),
     ],
 )
