@@ -19,7 +19,7 @@ from llava_sculpt.evaluation.own import prepare_own
 from llava_sculpt.evaluation.prepared import load_tasks, tasks_of
 from llava_sculpt.evaluation.run import choose_target, evaluate
 from llava_sculpt.evaluation.scorers import scorer_of
-from llava_sculpt.evaluation.scorers.own import chosen_letter
+from llava_sculpt.evaluation.scorers.general import chosen_letter
 from llava_sculpt.experiments import finetune
 from llava_sculpt.experiments.grid import read_grid
 from llava_sculpt.train.train import main as train_main

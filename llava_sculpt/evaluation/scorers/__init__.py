@@ -2,8 +2,8 @@
 
 from llava_sculpt.evaluation.scorers.caption import Captions
 from llava_sculpt.evaluation.scorers.exact import Exact
+from llava_sculpt.evaluation.scorers.general import VQA, Choice, Contains
 from llava_sculpt.evaluation.scorers.gqa import GQA
-from llava_sculpt.evaluation.scorers.own import VQA, Choice, Contains
 from llava_sculpt.evaluation.scorers.scorer import Scorer
 from llava_sculpt.evaluation.scorers.vqa import OKVQA, TextVQA
 from llava_sculpt.names import TASKS
