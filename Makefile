@@ -49,7 +49,8 @@ test: setup-dev  ## the fast tests (at most 10 minutes on two cores)
 test-slow: setup-dev $(LLAVA)/.ready  ## the slow ones: engines, kills, the original LLaVA package
 	$(PYTEST) $(SIDE_BY_SIDE) -m slow
 
-test-all: test test-slow  ## every test (about an hour on two cores)
+test-all: setup-dev $(LLAVA)/.ready  ## every test in one go (about an hour on two cores)
+	$(PYTEST) $(SIDE_BY_SIDE) -m ""
 
 test-gpu: setup-dev  ## the tests that a GPU is for, on one (every other test runs on the CPU)
 	$(BIN)/python -m pytest --gpu

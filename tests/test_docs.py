@@ -53,7 +53,7 @@ WHERE = {
     "two launchers": ("tests/train/test_engines.py", "def test_two_launchers_make_one_run"),
     "the original package": ("tests/llava_patch/test_training.py", '"deepspeed"'),
     "a terminal": ("tests/evaluation/test_ask.py", "def test_a_conversation_on_a_terminal"),
-    "set-up": (".ci/run", "make test test-all"),
+    "set-up": (".ci/run", "make test-all"),
 }
 NOT_HERE = "not run: it downloads a program or weights, or is another program"
 SHORT = "--max_steps 2 --sculpt_warmup_steps 1 --disable_tqdm true"
