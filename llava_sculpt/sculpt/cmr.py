@@ -106,7 +106,12 @@ def penalties_and_gradients(
 
     Returns:
         (values, gradients in A, gradients in B): float32 (n,), n times (r, q), n times (p, r).
+
+    Raises:
+        ValueError: shapes, devices or norm that do not fit.
     """
+    for matrix in zip(lora_A, lora_B, weights, strict=True):
+        _check(*matrix, norm)
     fused = _fused(lora_A, lora_B, weights, norm)
     if fused is not None:
         together = fused(lora_A, lora_B, weights, retentions, norm, scale)

@@ -96,6 +96,8 @@ def group_gradients(
     device, dtype = weights[0].device, lora_A[0].dtype
     tables: list[Any] = [retention.table for retention in retentions]
     tensors = [x.detach().contiguous() for matrix in zip(lora_A, lora_B, weights, tables, strict=True) for x in matrix]
+    if any(x.device != device for x in tensors):  # a kernel would follow the address
+        raise ValueError(f"A, B, W and retention must be on one device, {device}")
     addresses = tuple(tensor.data_ptr() for tensor in tensors)
     pointers = _pointer_table(addresses, device)
     units = torch.empty(n, 2, _UNITS, dtype=torch.int32, device=device)

@@ -231,6 +231,17 @@ def test_retention_of_another_dtype_is_refused() -> None:
         group_gradients([*A], [*B], [*W.half()], [Retention.of(W[0])], "fro")
 
 
+def test_another_device_is_refused() -> None:
+    A, B, W = make(1, 16, 16, 4)
+    retention = Retention.of(W[0])
+    with pytest.raises(ValueError, match="must be on one device"):
+        penalties_and_gradients([*A.to("meta")], [*B], [*W], [retention])
+    assert retention.table is not None
+    retention.table = retention.table.to("meta")
+    with pytest.raises(ValueError, match="must be on one device"):
+        penalties_and_gradients([*A], [*B], [*W], [retention])
+
+
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("factors", [torch.bfloat16, torch.float32], ids=str)
 def test_the_probe_passes(factors: torch.dtype, norm: str) -> None:
