@@ -327,7 +327,9 @@ def regularizer(setup: Setup) -> int:
     # bitsandbytes dequantises 8 bits to float32, 4 bits to the model's precision.
     entry = {16: 0, 8: 4, 4: setup.width}[setup.bits]
     whole = entry * max(rows * columns for rows, columns in matrices)
-    return tables + gradients + tile + whole
+    # Dequantised from 4 bits, a matrix is 16-bit again, and a group of one.
+    alone = max(_cmr_group(setup, shape, 1) for shape in matrices) if setup.half and setup.bits == 4 else 0
+    return tables + max(gradients + tile, alone) + whole
 
 
 def _cmr_group(setup: Setup, shape: Shape, count: int) -> int:
