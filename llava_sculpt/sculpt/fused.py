@@ -42,8 +42,8 @@ def _tile(rank: int) -> dict[str, int]:
     """What of W a program has on the chip at a time, and by how many warps.
 
     Compiled for sm_89 none of these spills a register, and the largest (rank 128, float32) takes 98 KB of shared
-    memory, of the 99 that a 24 GB card has. All products are wider than high, or Triton would place the warps one above
-    the other and let them do the same work several times.
+    memory, of the 99 that a 24 GB card has. With few rows, and no rank below 32, Triton places the warps side by side;
+    in other shapes it lets them do the same work up to four times.
     """
     padded = max(32, triton.next_power_of_2(rank))
     return {"RANK": padded, "ROWS": 16, "COLUMNS": 64, "num_warps": 4 if padded == 32 else 8}
