@@ -12,8 +12,11 @@ machine that is busy with other work use --threads 1: otherwise what is measured
   released, fp32   the same with everything in fp32 (only where W is 16-bit)
 The floor is the time of the three thin fp32 products that any exact method needs: B A, Q A^T and B^T Q.
 
-Last comes the peak extra memory of a step over all of a 7B's Q, K and V (96 matrices of 4096 x 4096) in one process,
+Then comes the peak extra memory of a step over all of a 7B's Q, K and V (96 matrices of 4096 x 4096) in one process,
 with the regularizer as training adds it. The release is measured on a few matrices and counted up.
+
+On a GPU last of all: these 96 in groups, as training takes them, beside the release's lines matrix by matrix and, as
+the floor, reading their W once. --tile ROWSxCOLUMNSxWARPS tries another part of W per step of the main kernel.
 """
 
 from __future__ import annotations
@@ -35,7 +38,13 @@ from torch import Tensor
 
 from llava_sculpt.config import SculptConfig
 from llava_sculpt.model.lora import LoraPair
-from llava_sculpt.sculpt import Retention, conflict_penalty, prepared_penalty
+from llava_sculpt.sculpt import (
+    Retention,
+    conflict_penalty,
+    matrices_at_once,
+    penalties_and_gradients,
+    prepared_penalty,
+)
 from llava_sculpt.train.regularizer import ConflictRegularizer
 
 Penalty = Callable[[Tensor, Tensor], Tensor]
@@ -242,6 +251,89 @@ def measure_model(rank: int, dtype: torch.dtype, device: torch.device) -> dict[s
     }
 
 
+def measure_group(
+    rank: int,
+    factors: torch.dtype,
+    count: int,
+    repeats: int,
+    device: torch.device,
+    shape: tuple[int, int] = (4096, 4096),
+) -> dict[str, Any]:
+    """All matrices of a model, with bf16 W: in groups, by the release's lines one after the other, and W read once.
+
+    Returns `launches` (of kernels and copies, by the profiler; None on a CPU) and `error`, the largest of value and
+    gradients of the first matrix against float64, beside medians in ms.
+    """
+    p, q = shape
+    generator = torch.Generator(device=device).manual_seed(0)
+    weights = torch.randn(count, p, q, device=device, generator=generator, dtype=torch.bfloat16) * 0.02
+    lora_A, lora_B = (
+        (torch.randn(count, *size, device=device, generator=generator) * 0.01).to(factors)
+        for size in ((rank, q), (p, rank))
+    )
+    retentions = [Retention.of(weight) for weight in weights]
+    size = matrices_at_once(p, q, rank, factors.itemsize)
+    scale = torch.ones((), device=device)
+
+    def ours() -> None:
+        for start in range(0, count, size):
+            some = slice(start, start + size)
+            penalties_and_gradients([*lora_A[some]], [*lora_B[some]], [*weights[some]], retentions[some], scale=scale)
+
+    def released() -> None:
+        for A, B, weight in zip(lora_A, lora_B, weights, strict=True):
+            released_penalty(A.requires_grad_(), B.requires_grad_(), weight).backward()
+            A.grad = B.grad = None
+
+    def read() -> None:
+        weights.view(torch.int32).amax()
+
+    found = penalties_and_gradients([lora_A[0]], [lora_B[0]], [weights[0]], retentions[:1])
+    reference = exact(lora_A[0], lora_B[0], weights[0])
+    errors = [float((part[0].double() - e).norm() / e.norm()) for part, e in zip(found, reference, strict=True)]
+    ways: dict[str, Callable[[], None]] = {"ms": ours, "released_ms": released, "floor_ms": read}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for repeat in range(repeats + 1):
+        for name, way in ways.items():
+            wait(device)
+            start = time.perf_counter()
+            way()
+            wait(device)
+            if repeat:  # libraries load on first use
+                seconds[name].append(time.perf_counter() - start)
+    with PeakMemory(device) as peak:
+        ours()
+        wait(device)
+    return {
+        "matrices": count,
+        "shape": [p, q],
+        "rank": rank,
+        "factors": str(factors).removeprefix("torch."),
+        **{name: 1e3 * statistics.median(times) for name, times in seconds.items()},
+        "spread_ms": [1e3 * min(seconds["ms"]), 1e3 * max(seconds["ms"])],
+        "launches": launches_of(ours) if device.type == "cuda" else None,
+        "error": max(errors),
+        "peak_extra_mib": peak.bytes / MIB,
+    }
+
+
+def launches_of(work: Callable[[], None]) -> int:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        work()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events() or [])
+
+
+def print_group(case: dict[str, Any]) -> None:
+    print(
+        f"{case['matrices']} matrices in groups, r = {case['rank']}, {case['factors']} factors: {case['ms']:.2f} ms "
+        f"({case['spread_ms'][0]:.2f} to {case['spread_ms'][1]:.2f}), {case['launches']} launches, peak "
+        f"{case['peak_extra_mib']:.0f} MiB, error {case['error']:.1e}; released {case['released_ms']:.1f} ms; "
+        f"W read once {case['floor_ms']:.2f} ms",
+        flush=True,
+    )
+
+
 def print_model(case: dict[str, Any]) -> None:
     print(
         f"{case['matrices']} matrices, {case['weight']}, r = {case['rank']}: peak MiB ours {case['ours_mib']:.0f}; "
@@ -264,6 +356,10 @@ def shape_of(text: str) -> tuple[int, int]:
     return int(p), int(q)
 
 
+def tile_of(text: str) -> dict[str, int]:
+    return dict(zip(("ROWS", "COLUMNS", "num_warps"), map(int, text.lower().split("x")), strict=True))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one 1024 x 1024 matrix, r = 32")
@@ -272,6 +368,7 @@ def main() -> None:
     parser.add_argument(
         "--dtypes", nargs="+", choices=["bfloat16", "float16", "float32"], default=["bfloat16", "float32"]
     )
+    parser.add_argument("--tile", type=tile_of, metavar="ROWSxCOLUMNSxWARPS")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -294,6 +391,16 @@ def main() -> None:
         for dtype in arguments.dtypes:
             cases.append(measure_model(rank, getattr(torch, dtype), device))
             print_model(cases[-1])
+    if device.type == "cuda":
+        if arguments.tile:
+            from llava_sculpt.sculpt import fused
+
+            chosen = fused._tile
+            fused._tile = lambda rank: chosen(rank) | arguments.tile
+        for rank in arguments.ranks:
+            for factors in (torch.bfloat16, torch.float32):
+                cases.append(measure_group(rank, factors, MATRICES, arguments.repeats, device))
+                print_group(cases[-1])
     if arguments.json:
         write_results(arguments.json, cases, device, arguments.repeats)
 

@@ -17,7 +17,9 @@ from transformers import LlavaConfig
 
 MIB = 2**20
 TABLE_BYTES = 4 * 32768  # of M for one 16-bit matrix: one float32 for every magnitude
-TILE_ROWS = 1024  # rows of W that CMR works on at a time on a GPU (its fused kernel needs less)
+TILE_ROWS = 1024  # rows of W that CMR works on at a time on a GPU without its fused kernels
+# Those leave partial sums for every so many rows and columns of W, of as many matrices at once as fit GROUP_BYTES.
+TILE, TILE_ALONE, GROUP_BYTES = (512, 1024), (128, 512), 160 * MIB
 
 # What no tensor accounts for: what these usually take on a 24 GB card, not measured. One H200 took 2.76 GiB in all.
 CONTEXT_BYTES = 500 * MIB  # CUDA context and loaded kernels
@@ -302,7 +304,8 @@ def optimizer_states(setup: Setup) -> int:
 
 
 def regularizer(setup: Setup) -> int:
-    """CMR: what is kept per matrix for good, A, B and gradients of one matrix, and one tile's scratch."""
+    """CMR: what is kept per matrix for good, and the most that is made and dropped again: for a group of matrices with
+    16-bit W their gradients and partial sums; else A, B and gradients of one matrix, and one tile's scratch."""
     sizes = setup.architecture
     matrices = sizes.regularized_matrices * sizes.layers if setup.regularized else []
     if setup.connector_regularized:
@@ -316,13 +319,30 @@ def regularizer(setup: Setup) -> int:
         gradients = (4 + setup.width) * _lora_entries(matrices, setup.lora_r)
     else:  # every N-th matrix, in backward
         tables = _share(tables, setup.gpus)
+        if setup.half and setup.bits == 16:
+            return tables + max(_cmr_group(setup, shape, matrices.count(shape)) for shape in set(matrices))
         gradients = max(2 * 4 * _lora_entries([matrix], setup.lora_r) for matrix in matrices)  # A and B, in float32
     # Per tile three of these live at once: int32 codes twice, M, B A; all with 4 bytes an entry.
     tile = max(3 * 4 * min(TILE_ROWS, rows) * columns for rows, columns in matrices)
     # bitsandbytes dequantises 8 bits to float32, 4 bits to the model's precision.
     entry = {16: 0, 8: 4, 4: setup.width}[setup.bits]
     whole = entry * max(rows * columns for rows, columns in matrices)
-    return tables + gradients + tile + whole
+    # Dequantised from 4 bits, a matrix is 16-bit again, and a group of one.
+    alone = max(_cmr_group(setup, shape, 1) for shape in matrices) if setup.half and setup.bits == 4 else 0
+    return tables + max(gradients + tile, alone) + whole
+
+
+def _cmr_group(setup: Setup, shape: Shape, count: int) -> int:
+    """`count` matrices of one shape, shared out over the processes and worked on in equal portions."""
+    rows, columns = shape
+
+    def each(tile: Shape) -> int:
+        parts = 4 * (-(-rows // tile[0]) * columns + -(-columns // tile[1]) * rows)
+        return setup.lora_r * (parts + (4 if setup.autocast else setup.width) * (rows + columns))
+
+    portions = -(-count // (setup.gpus * max(1, GROUP_BYTES // each(TILE))))
+    at_once = -(-count // (portions * setup.gpus))
+    return at_once * each(TILE if at_once > 1 else TILE_ALONE)
 
 
 def saved_activations(setup: Setup) -> int:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -26,8 +26,12 @@ from torch import Tensor
 from llava_sculpt.sculpt.retention import Retention
 
 Norm = Literal["fro", "l1"]
-# Above it, a program's part of the fused kernel no longer fits the shared memory of a 24 GB card (99 KB).
+# Above it, a program's part of the fused kernels no longer fits the shared memory of a 24 GB card (99 KB).
 FUSED_MAX_RANK = 128
+# Rows and columns of W that a program of the fused kernels takes, to leave one part of each gradient: the larger, the
+# fewer parts; a matrix alone needs smaller ones to be enough programs for a GPU.
+TILE, TILE_ALONE = (512, 1024), (128, 512)
+GROUP_BYTES = 160 * 2**20  # that a group of matrices may take for these parts, and for its gradients
 
 
 def conflict_terms(
@@ -45,7 +49,7 @@ def conflict_terms(
 
     Args:
         lora_A: (r, q). lora_B: (p, r). weight: (p, q), the block of W in the dtype of ``retention``.
-        tile_rows: rows per tile. By default 16-bit weights on a CUDA GPU go through one fused kernel
+        tile_rows: rows per tile. By default 16-bit weights on a CUDA GPU go through fused kernels
             (``fused.py``); else 128 on CPU (the tile stays in cache) and 1024 elsewhere.
 
     Returns:
@@ -58,12 +62,10 @@ def conflict_terms(
     """
     _check(lora_A, lora_B, weight, norm)
     A, B = lora_A.detach().float(), lora_B.detach().float()
-    small = len(A) <= FUSED_MAX_RANK and 0 < weight.numel() < 2**31
-    if tile_rows is None and weight.is_cuda and retention.table is not None and small:
-        fused = fused_gradients_on(weight.device, len(A), norm)
-        if fused is not None:
-            grad_A, grad_B = fused(A, B, weight, retention, norm)
-            return torch.dot(grad_B.double().flatten(), B.double().flatten()), grad_A, grad_B
+    fused = _fused([A], [B], [weight], norm) if tile_rows is None else None
+    if fused is not None:
+        value, grad_A, grad_B = fused([A], [B], [weight], [retention], norm, of_terms=True)
+        return value[0], grad_A[0], grad_B[0]
     tile_rows = tile_rows or (128 if weight.device.type == "cpu" else 1024)
     with torch.no_grad(), full_float32(weight.device.type):
         value = torch.zeros((), dtype=torch.float64, device=weight.device)
@@ -84,25 +86,77 @@ def conflict_terms(
     return value, grad_A, grad_B
 
 
-@functools.cache
-def fused_gradients_on(device: torch.device, rank: int, norm: Norm) -> Callable[..., tuple[Tensor, Tensor]] | None:
-    """``fused_gradients`` if it can be built and is right on this device; else None, with a warning that says why."""
-    try:
-        from llava_sculpt.sculpt.fused import fused_gradients, probe
+def penalties_and_gradients(
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    retentions: Sequence[Retention],
+    norm: Norm = "fro",
+    scale: Tensor | None = None,
+) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
+    """``prepared_penalty`` of n matrices and its gradients. Not differentiable.
 
-        probe(device, rank, norm)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # no Triton, compiler or headers, an old GPU: each raises something of its own
-        warnings.warn(f"CMR runs without its fused GPU kernel, and slower: {error}", stacklevel=2)
-        return None
-    return fused_gradients
+    On a CUDA GPU matrices of one shape, rank and dtype with 16-bit W go through four launches together; then the
+    gradients and partial sums of all n live at once (``matrices_at_once``). Else one matrix follows the other.
+
+    Args:
+        lora_A: n times (r, q). lora_B: n times (p, r). weights: n times (p, q). retentions: theirs.
+        scale: float32 scalar, what the gradients are multiplied with before they are cast to their factors' dtypes;
+            without it they are those of the penalties, in float32.
+
+    Returns:
+        (values, gradients in A, gradients in B): float32 (n,), n times (r, q), n times (p, r).
+
+    Raises:
+        ValueError: shapes, devices or norm that do not fit.
+    """
+    for matrix in zip(lora_A, lora_B, weights, strict=True):
+        _check(*matrix, norm)
+    fused = _fused(lora_A, lora_B, weights, norm)
+    if fused is not None:
+        together = fused(lora_A, lora_B, weights, retentions, norm, scale)
+        return together[0], together[1].unbind(), together[2].unbind()
+    values, grads_A, grads_B = [], [], []
+    for A, B, weight, retention in zip(lora_A, lora_B, weights, retentions, strict=True):
+        value, grad_A, grad_B = _one_matrix(A, B, weight, retention, norm)
+        values.append(value)
+        grads_A.append(grad_A if scale is None else grad_A.mul_(scale).to(A.dtype))
+        grads_B.append(grad_B if scale is None else grad_B.mul_(scale).to(B.dtype))
+    return torch.stack(values), grads_A, grads_B
 
 
 def penalty_and_gradients(
     lora_A: Tensor, lora_B: Tensor, weight: Tensor, retention: Retention, norm: Norm = "fro"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``prepared_penalty`` and its gradients in A and B: float32 scalar, (r, q), (p, r). Not differentiable."""
+    value, grad_A, grad_B = penalties_and_gradients([lora_A], [lora_B], [weight], [retention], norm)
+    return value[0], grad_A[0], grad_B[0]
+
+
+def runs_in_groups(weight: Tensor) -> bool:
+    """Whether matrices like this W are better given to ``penalties_and_gradients`` together."""
+    return weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16)
+
+
+def matrices_at_once(p: int, q: int, rank: int, factor_bytes: int) -> int:
+    """How many W (p, q) one call of ``penalties_and_gradients`` may take on a GPU.
+
+    Args:
+        factor_bytes: of one entry of A or B.
+    """
+    return max(1, GROUP_BYTES // (group_bytes(p, q, rank, factor_bytes, 2) // 2))
+
+
+def group_bytes(p: int, q: int, rank: int, factor_bytes: int, count: int) -> int:
+    """What ``count`` of them take: partial sums of both gradients in float32, and the gradients."""
+    rows, columns = TILE if count > 1 else TILE_ALONE
+    parts = 4 * (-(-p // rows) * q + -(-q // columns) * p)
+    return count * rank * (parts + factor_bytes * (p + q))
+
+
+def _one_matrix(
+    lora_A: Tensor, lora_B: Tensor, weight: Tensor, retention: Retention, norm: Norm
+) -> tuple[Tensor, Tensor, Tensor]:
     # L is homogeneous in A and in B. With each measured in units of its largest entry (a power of two, so
     # this is exact) no product leaves float32's range, however small the adapter still is.
     unit_A, unit_B = power_of_two_below(lora_A), power_of_two_below(lora_B)
@@ -117,6 +171,37 @@ def penalty_and_gradients(
             grad_A.mul_(slope)
             grad_B.mul_(slope)
         return (value * unit_A * unit_B).float(), grad_A.mul_(unit_B), grad_B.mul_(unit_A)
+
+
+def _fused(
+    lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], weights: Sequence[Tensor], norm: Norm
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]] | None:
+    """``group_gradients`` where it can take these matrices."""
+    if not all(runs_in_groups(weight) and 0 < weight.numel() < 2**31 for weight in weights):
+        return None
+    alike = {(a.shape, b.shape, a.dtype, b.dtype, w.device) for a, b, w in zip(lora_A, lora_B, weights, strict=True)}
+    (rank, _), _, dtype, dtype_B, device = next(iter(alike))
+    if len(alike) > 1 or dtype != dtype_B or dtype == torch.float64 or rank > FUSED_MAX_RANK:
+        return None
+    return fused_gradients_on(device, rank, dtype, norm)
+
+
+@functools.cache
+def fused_gradients_on(
+    device: torch.device, rank: int, dtype: torch.dtype, norm: Norm
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]] | None:
+    """``group_gradients`` if it can be built for factors of ``dtype`` and is right on this device; else None, with a
+    warning that says why."""
+    try:
+        from llava_sculpt.sculpt.fused import group_gradients, probe
+
+        probe(device, rank, dtype, norm)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # no Triton, compiler or headers, an old GPU: each raises something of its own
+        warnings.warn(f"CMR runs without its fused GPU kernels, and slower: {error}", stacklevel=2)
+        return None
+    return group_gradients
 
 
 class _ConflictPenalty(torch.autograd.Function):

@@ -5,12 +5,14 @@ mean of the processes' gradients, which training takes, is that of the whole ter
 
 A step needs the gradients of a term alone, and its value is a by-product of them. So the term in the loss is a zero
 made before the model's forward: its part of backward then comes after the model's, when the activations are gone, one
-matrix after the other, and nothing is kept. The value is read afterwards. Not so where A and B lie in pieces
-(ZeRO-3): they are whole only while backward is at their layer, so the gradients are computed before it and kept.
+batch of matrices after the other, and nothing is kept. A batch is one matrix, or for CMR on a GPU as many of one shape
+as its kernels take at once. The value is read afterwards. Not so where A and B lie in pieces (ZeRO-3): they are whole
+only while backward is at their layer, so the gradients are computed before it and kept.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -27,11 +29,15 @@ from llava_sculpt.sculpt import (
     Norm,
     Retention,
     WeightPiece,
+    matrices_at_once,
     partitioned_penalties,
     partitioned_retentions,
-    penalty_and_gradients,
+    penalties_and_gradients,
+    runs_in_groups,
 )
 from llava_sculpt.train.zero import gathered, is_partitioned, local_piece
+
+Terms = tuple[torch.Tensor, Sequence[torch.Tensor], Sequence[torch.Tensor]]
 
 
 class Regularizer:
@@ -108,8 +114,8 @@ class ConflictRegularizer(Regularizer):
 
 
 class _Sum(ABC):
-    """A sum (or mean) of one term per matrix, computed in backward: process k of N takes every N-th matrix from the
-    k-th on, weighted by N.
+    """A sum (or mean) of one term per matrix, computed in backward, one node of autograd for each of its batches:
+    process k of N takes every N-th matrix from the k-th on, weighted by N.
 
     Args:
         pairs: the matrices.
@@ -129,9 +135,14 @@ class _Sum(ABC):
         """Whether each process holds only pieces of A, B and W (ZeRO-3)."""
         return is_partitioned(self.pairs[0].lora_A)
 
+    def batches(self, processes: int) -> list[list[LoraPair]]:
+        """The matrices in portions that processes compute together; the same on every process."""
+        return [[pair] for pair in self.pairs]
+
     @abstractmethod
-    def of_matrix(self, pair: LoraPair) -> Sequence[torch.Tensor]:
-        """Value, gradient in A (r, q), gradient in B (p, r) of one matrix's term."""
+    def of_batch(self, pairs: list[LoraPair], scale: torch.Tensor) -> Terms:
+        """The terms of this process's matrices of a batch: values (n,), n gradients in A (r, q) and n in B (p, r); the
+        gradients times `scale`, in their factors' dtypes."""
 
     @abstractmethod
     def of_pieces(self) -> torch.Tensor:
@@ -143,25 +154,32 @@ class _Sum(ABC):
             self.last = total.detach()
             return total - self.last
         processes, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-        zeros = []
-        for place, pair in enumerate(self.pairs):
-            # Every process has a node for every matrix: ZeRO-2 needs gradients in the same order everywhere.
-            own = partial(self._gradients, pair) if place % processes == rank else None
-            zeros.append(_InBackward.apply(pair.lora_A, pair.lora_B, own))
+        zeros, first = [], 0
+        for batch in self.batches(processes):
+            # Every process has a node for every batch: ZeRO-2 needs gradients in the same order everywhere.
+            own = [place for place in range(len(batch)) if (first + place) % processes == rank]
+            compute = partial(self._gradients, batch, own) if own else None
+            zeros.append(_InBackward.apply(compute, *(f for pair in batch for f in (pair.lora_A, pair.lora_B))))
+            first += len(batch)
         return processes * _total(zeros) / self._divisor
 
     def value(self) -> torch.Tensor:
         """What the last backward pass computed, over all matrices. Collective."""
         if not self.in_pieces:
-            own = self._values.values() or [torch.zeros(())]  # fewer matrices than processes
-            total = torch.stack([value.to(self.pairs[0].lora_A.device) for value in own]).sum()
+            own = self._values.values() or [torch.zeros(1)]  # fewer matrices than processes
+            total = torch.cat([values.to(self.pairs[0].lora_A.device) for values in own]).sum()
             if dist.is_initialized():
                 dist.all_reduce(total)
             self.last = total / self._divisor
         return self.last
 
-    def _gradients(self, pair: LoraPair) -> Sequence[torch.Tensor]:
-        self._values[pair.name], *gradients = self.of_matrix(pair)
+    def _gradients(self, batch: list[LoraPair], own: list[int], scale: torch.Tensor) -> list[torch.Tensor | None]:
+        """Of A and B of every matrix of the batch; None for those of other processes."""
+        gradients: list[torch.Tensor | None] = [None] * (2 * len(batch))
+        values, grads_A, grads_B = self.of_batch([batch[place] for place in own], scale)
+        self._values[batch[own[0]].name] = values
+        for place, grad_A, grad_B in zip(own, grads_A, grads_B, strict=True):
+            gradients[2 * place : 2 * place + 2] = grad_A, grad_B
         return gradients
 
 
@@ -179,11 +197,13 @@ class _PenaltySum(_Sum):
         weight = [pair.weight()] if self._whole_weight else []
         return self._of_layer(lora_A, lora_B, *weight)
 
-    def of_matrix(self, pair: LoraPair) -> Sequence[torch.Tensor]:
+    def of_batch(self, pairs: list[LoraPair], scale: torch.Tensor) -> Terms:
+        (pair,) = pairs
         with torch.enable_grad():
             lora_A, lora_B = (factor.detach().requires_grad_() for factor in (pair.lora_A, pair.lora_B))
             penalty = self._penalty(lora_A, lora_B, pair)
-            return penalty.detach(), *torch.autograd.grad(penalty, (lora_A, lora_B))
+            grad_A, grad_B = torch.autograd.grad(penalty, (lora_A, lora_B))
+        return penalty.detach().view(1), [grad_A.mul_(scale)], [grad_B.mul_(scale)]
 
     def of_pieces(self) -> torch.Tensor:
         with gathered([factor for pair in self.pairs for factor in (pair.lora_A, pair.lora_B)]):
@@ -199,11 +219,24 @@ class _ConflictSum(_Sum):
         self.norm, self.omega = norm, config.omega
         self._retentions: dict[str, Retention] = {}
 
-    def of_matrix(self, pair: LoraPair) -> Sequence[torch.Tensor]:
-        weight = pair.weight()
-        if pair.name not in self._retentions:  # W is frozen: made at the first use
-            self._retentions[pair.name] = Retention.of(weight, self.omega)
-        return penalty_and_gradients(pair.lora_A, pair.lora_B, weight, self._retentions[pair.name], self.norm)
+    def batches(self, processes: int) -> list[list[LoraPair]]:
+        groups: dict[Any, list[LoraPair]] = {}
+        for pair in self.pairs:
+            base: Any = pair.layer.get_base_layer()
+            A, B, frozen = pair.lora_A, pair.lora_B, base.weight
+            # A quantised W is not 16-bit, and is dequantised for itself.
+            alike = (A.shape, B.shape, A.dtype, B.dtype, frozen.device) if runs_in_groups(frozen) else pair.name
+            groups.setdefault(alike, []).append(pair)
+        return [batch for group in groups.values() for batch in _portions(group, processes)]
+
+    def of_batch(self, pairs: list[LoraPair], scale: torch.Tensor) -> Terms:
+        weights = [pair.weight() for pair in pairs]
+        for pair, weight in zip(pairs, weights, strict=True):
+            if pair.name not in self._retentions:  # W is frozen: made at the first use
+                self._retentions[pair.name] = Retention.of(weight, self.omega)
+        retentions = [self._retentions[pair.name] for pair in pairs]
+        lora_A, lora_B = [pair.lora_A for pair in pairs], [pair.lora_B for pair in pairs]
+        return penalties_and_gradients(lora_A, lora_B, weights, retentions, self.norm, scale)
 
     def of_pieces(self) -> torch.Tensor:
         lora_A, lora_B = [pair.lora_A for pair in self.pairs], [pair.lora_B for pair in self.pairs]
@@ -218,28 +251,31 @@ class _ConflictSum(_Sum):
             return partitioned_penalties(lora_A, lora_B, pieces, retentions, self.norm).sum()
 
 
+def _portions(group: list[LoraPair], processes: int) -> list[list[LoraPair]]:
+    """Equal portions of matrices of one shape, of which the processes' shares fit the memory of a group."""
+    (rank, q), p = group[0].lora_A.shape, len(group[0].lora_B)
+    most = processes * matrices_at_once(p, q, rank, group[0].lora_A.element_size())
+    size = math.ceil(len(group) / math.ceil(len(group) / most))
+    return [group[start : start + size] for start in range(0, len(group), size)]
+
+
 def _total(values: Sequence[torch.Tensor]) -> torch.Tensor:
     """Sum of scalars that may be on several devices, on the first's."""
     return torch.stack([value.to(values[0].device) for value in values]).sum()
 
 
 class _InBackward(torch.autograd.Function):
-    """Zero; its gradients in A and B are computed when backward asks for them, and not at all where there is none."""
+    """Zero; its gradients in the factors are computed when backward asks for them, not at all where there are none."""
 
     @staticmethod
     def forward(
-        ctx: Any, lora_A: torch.Tensor, lora_B: torch.Tensor, gradients: Callable[[], Sequence[torch.Tensor]] | None
+        ctx: Any, gradients: Callable[[torch.Tensor], list[torch.Tensor | None]] | None, *factors: torch.Tensor
     ) -> torch.Tensor:
-        ctx.gradients, ctx.dtypes = gradients, (lora_A.dtype, lora_B.dtype)
-        return torch.zeros((), device=lora_A.device)
+        ctx.gradients, ctx.factors = gradients, len(factors)
+        return torch.zeros((), device=factors[0].device)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+    def backward(ctx: Any, grad_output: torch.Tensor) -> Any:
         if torch.is_grad_enabled():  # create_graph=True: the gradients below would pass for constants in silence
             raise RuntimeError("a regularizer can be differentiated only once: call backward without create_graph=True")
-        if ctx.gradients is None:
-            return None, None, None
-        grad_A, grad_B = (
-            gradient.mul_(grad_output).to(dtype) for gradient, dtype in zip(ctx.gradients(), ctx.dtypes, strict=True)
-        )
-        return grad_A, grad_B, None
+        return None, *([None] * ctx.factors if ctx.gradients is None else ctx.gradients(grad_output))
