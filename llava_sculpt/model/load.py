@@ -20,10 +20,16 @@ from llava_sculpt.model.layout import is_buffer, memory_name
 from llava_sculpt.model.shards import model_tensors
 
 
+def local_device() -> torch.device:
+    """This process's own GPU, where launchers have chosen one, else the first; the CPU without GPUs."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def load_base(
     checkpoint: BaseCheckpoint,
     dtype: torch.dtype,
     *,
+    device: torch.device | str = "cpu",
     bits: int = 16,
     double_quant: bool = True,
     quant_type: str = "nf4",
@@ -31,11 +37,17 @@ def load_base(
 ) -> LlavaForConditionalGeneration:
     """The frozen base model in `dtype`, with 8- or 4-bit LLM weights if asked (tower, connector, lm_head are not).
 
+    To a GPU the weights go one tensor after the other: host memory holds the pages of the weight files, which all
+    processes share, and the few tensors that are being converted. On the CPU weights in the files' dtype stay such
+    pages, and other ones are a copy that each process has to itself. Under ZeRO-3 only the first process reads values,
+    and DeepSpeed places them.
+
     Nothing else of PEFT's `prepare_model_for_kbit_training` is needed: what stays 16-bit is frozen and computes as it
     does in a 16-bit run (Llama's norms go through fp32 by themselves), and activation checkpointing passes gradients
     on to LoRA without inputs that require them.
 
     Args:
+        device: where the weights go (a GPU with its index); under ZeRO-3 it is not looked at.
         vision_tower: CLIP folder whose weights replace the checkpoint's tower.
 
     Raises:
@@ -45,7 +57,8 @@ def load_base(
     check_bits(bits)
     if not sys.stderr.isatty():  # a log file gets lines
         disable_progress_bar()
-    options: dict[str, Any] = {}
+    # ZeRO-3 places the weights itself.
+    options: dict[str, Any] = {} if is_deepspeed_zero3_enabled() else {"device_map": {"": torch.device(device)}}
     if bits != 16:
         options["quantization_config"] = _quantization(bits, dtype, double_quant, quant_type)
     # Weights were checked by their headers when the checkpoint was opened; whatever that did not see fails here.
