@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlavaForConditionalGeneration
+from safetensors.torch import load_file, save_file
+from transformers import CLIPVisionModel, LlavaForConditionalGeneration
 
 from llava_sculpt.artifacts import inference
 from llava_sculpt.errors import UserError
@@ -69,3 +70,29 @@ def test_training_and_answering_load_to_their_own_device(
             inference.load_for_inference(str(checkpoint), beside=beside)  # type: ignore[arg-type]
     # Of two models that have weights in common the second waits on the CPU.
     assert [torch.device(device) for device in asked] == [torch.device("cpu"), gpu, torch.device("cpu")]
+
+
+@pytest.fixture
+def tower(checkpoint: Path, tmp_path: Path) -> Path:
+    vision = LlavaForConditionalGeneration.from_pretrained(checkpoint).config.vision_config
+    CLIPVisionModel(vision).save_pretrained(tmp_path / "tower")
+    return tmp_path / "tower"
+
+
+def test_another_vision_tower(checkpoint: Path, tower: Path) -> None:
+    found, own = find_base_checkpoint(str(checkpoint)), load_file(tower / "model.safetensors")
+    model = load_base(found, torch.bfloat16, vision_tower=str(tower))
+    loaded = model.model.vision_tower.state_dict()
+    assert own.keys() == loaded.keys() and all(torch.equal(own[name].bfloat16(), loaded[name]) for name in own)
+    assert not any(parameter.requires_grad for parameter in model.parameters()) and not model.training
+    name = "pre_layrnorm.weight"
+    for change, message in (
+        ({name: torch.full_like(own[name], torch.nan)}, f"NaN or infinite values in 1 tensors, such as {name}"),
+        ({name: torch.ones(3)}, rf"vision_tower: .*{name} is \[3\], config.json says"),
+        ({"encoder.layers.9.mlp.fc1.bias": torch.ones(3)}, "vision_tower: .*unexpected weight .*layers.9"),
+    ):
+        save_file({**own, **change}, tower / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(UserError, match=message):
+            load_base(found, torch.bfloat16, vision_tower=str(tower))
+    with pytest.raises(UserError, match=r"vision_tower: .*no-such"):
+        load_base(found, torch.bfloat16, vision_tower=str(tower.with_name("no-such")))
