@@ -26,7 +26,14 @@ from llava_sculpt.model.layout import (
     name_of_original,
 )
 from llava_sculpt.model.processor import write_processor
-from llava_sculpt.model.shards import Stored, check_shards, files_fingerprint, stored_tensors, weight_files
+from llava_sculpt.model.shards import (
+    Stored,
+    check_shards,
+    files_fingerprint,
+    stored_tensors,
+    tower_tensors,
+    weight_files,
+)
 from llava_sculpt.records import write_json
 
 ROWS_FILE = "hf_rows.safetensors"  # what `convert --to original` keeps of <image> and <pad>, unread by the original
@@ -96,7 +103,7 @@ def convert_to_hf(source: Path, out: Path) -> None:
     copies = (() if own_tower else (TOWER,)) + ((HEAD,) if is_tied(config) else ())
     found = [tensor for tensor in _renamed(source) if not tensor.name.startswith(copies)]
     if not own_tower:
-        found += _tower_weights(tower)
+        found += tower_tensors(tower)
     names = [tensor.name for tensor in found]
     problems = [f"{source}: weight {name} is there twice" for name in sorted({n for n in names if names.count(n) > 1})]
     problems += key_problems({tensor.name: tensor.shape for tensor in found}, expected, source)
@@ -125,15 +132,6 @@ def _renamed(source: Path) -> Iterator[Stored]:
         for tensor in stored_tensors(file):
             if not is_buffer(tensor.name):
                 yield Stored(name_of_original(tensor.name), tensor.shape, tensor.dtype, tensor.load)
-
-
-def _tower_weights(folder: Path) -> Iterator[Stored]:
-    """The vision weights of a CLIP folder: a whole CLIPModel, or a CLIPVisionModel by any version of transformers."""
-    for file in weight_files(folder):
-        for tensor in stored_tensors(file):
-            name = tensor.name.removeprefix("vision_model.")
-            if name.startswith(("embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm.")) and not is_buffer(name):
-                yield Stored(TOWER + name, tensor.shape, tensor.dtype, tensor.load)
 
 
 def _with_rows(tensor: Stored, rows: int, kept: Stored | None) -> Stored:

@@ -17,7 +17,7 @@ from llava_sculpt.data.tokenizer import LlavaTokenizer
 from llava_sculpt.model.adapter import load_adapter, read_adapter
 from llava_sculpt.model.checkpoint import BaseCheckpoint
 from llava_sculpt.model.files import ADAPTER_CONFIG, ADAPTER_FILE, CONNECTOR_FILE, RUN_FILE
-from llava_sculpt.model.load import load_base
+from llava_sculpt.model.load import load_base, local_device
 from llava_sculpt.model.lora import lora_pairs
 from llava_sculpt.model.whole import check_whole
 from llava_sculpt.records import file_sha256
@@ -64,7 +64,9 @@ def load_for_inference(
         check_whole(folder)
     saved = read_adapter(folder) if is_adapter else None
     checkpoint = open_base_of(folder, base) if is_adapter else open_checkpoint(path)
-    model: nn.Module = load_base(checkpoint, dtype)
+    # A GPU might not hold both models before what they have in common is found.
+    device = local_device()
+    model: nn.Module = load_base(checkpoint, dtype, device="cpu" if beside is not None else device)
     if saved is not None:
         model = load_adapter(model, saved, checkpoint)
         if dtype == torch.float32 and any(pair.magnitude is not None for pair in lora_pairs(model)):
@@ -73,10 +75,8 @@ def load_for_inference(
     model.eval()
     if beside is not None:
         _share_weights(model, beside.model)
-    if torch.cuda.is_available():
-        model.to("cuda")
     return Inference(
-        model,
+        model.to(device),
         LlavaTokenizer.from_dir(checkpoint.path),
         ImagePreprocessor.from_dir(checkpoint.path),
         checkpoint,

@@ -29,7 +29,7 @@ from llava_sculpt.methods.tailor import InputHessian, Tailored, tailor
 from llava_sculpt.model.adapter import load_adapter, read_adapter
 from llava_sculpt.model.checkpoint import BaseCheckpoint
 from llava_sculpt.model.layout import LANGUAGE
-from llava_sculpt.model.load import load_base
+from llava_sculpt.model.load import load_base, local_device
 from llava_sculpt.model.lora import lora_pairs
 from llava_sculpt.model.whole import read_run
 
@@ -121,8 +121,8 @@ def _load(adapter: Path, checkpoint: BaseCheckpoint) -> nn.Module:
     dtype = torch.float32
     if torch.cuda.is_available():
         dtype = getattr(torch, str(checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype", "float16"))))
-    model = load_adapter(load_base(checkpoint, dtype), read_adapter(adapter), checkpoint).eval()
-    return model.to("cuda") if torch.cuda.is_available() else model
+    model = load_base(checkpoint, dtype, device=local_device())
+    return load_adapter(model, read_adapter(adapter), checkpoint).eval()
 
 
 def _name(module: str) -> str:

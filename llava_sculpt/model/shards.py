@@ -70,6 +70,18 @@ def model_tensors(folder: Path) -> Iterator[Stored]:
             yield Stored(memory_name(tensor.name), tensor.shape, tensor.dtype, tensor.load)
 
 
+def tower_tensors(folder: Path) -> Iterator[Stored]:
+    """The vision weights of a CLIP folder under their in-memory names in a LLaVA.
+
+    The folder holds a whole CLIPModel, or a CLIPVisionModel by any version of transformers.
+    """
+    for file in weight_files(folder):
+        for tensor in stored_tensors(file):
+            name = tensor.name.removeprefix("vision_model.")
+            if name.startswith(("embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm.")) and not is_buffer(name):
+                yield Stored(TOWER + name, tensor.shape, tensor.dtype, tensor.load)
+
+
 def files_fingerprint(whole: Iterable[Path], sampled: Iterable[Path]) -> str:
     """sha256 over some files and a sample of others: equal for copies, different for other contents.
 

@@ -285,6 +285,7 @@ def build_trainer(
     model = load_base(
         checkpoint,
         dtype,
+        device=arguments.device,
         bits=model_arguments.bits,
         double_quant=model_arguments.double_quant,
         quant_type=model_arguments.quant_type,

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import CLIPVisionModel, LlavaConfig
 
 from llava_sculpt.model.checkpoint import find_base_checkpoint
 from llava_sculpt.model.files import ADAPTER_FILE
@@ -36,6 +37,15 @@ from tests.runs import (
 )
 
 MASK_STEP = 5
+
+
+@pytest.fixture(scope="module")
+def flags(flags: dict[str, str], checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """With another vision tower, which ZeRO-3 must have too."""
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("tower") / "clip"
+    CLIPVisionModel(LlavaConfig.from_pretrained(checkpoint).vision_config).save_pretrained(folder)
+    return {**flags, "vision_tower": str(folder)}
 
 
 @pytest.fixture(scope="module")
