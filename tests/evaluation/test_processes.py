@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llava_sculpt.errors import UserError
 from llava_sculpt.evaluation.journal import answer_record
 from llava_sculpt.evaluation.processes import share_out
+from llava_sculpt.experiments import finetune
 from llava_sculpt.experiments.tiny_data import prepare_tiny_world
 from tests.evaluation.conftest import first_questions
 
@@ -91,6 +94,20 @@ def test_gpus_starts_processes_that_share_the_questions(data, alone, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("results:") == 1
     assert_same(tmp_path, alone)
+
+
+def test_finetune_evaluates_on_all_gpus(data, alone, tmp_path, monkeypatch):
+    (tmp_path / "data").symlink_to(data)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(finetune, "gpu_count", lambda: 2)
+    out = tmp_path / "out"
+    results = finetune.evaluate_model(str(TINY), out, ["gqa", "iconqa"], "paper", str(TINY))
+    assert_same(out, alone)
+    assert results == json.loads((out / "results.json").read_text())
+    shutil.rmtree(out)
+    with pytest.raises(UserError, match=r"one of 2 processes ended with exit code 2"):
+        finetune.evaluate_model(str(tmp_path), out, ["gqa"], "paper", "no model")
 
 
 @pytest.mark.slow
