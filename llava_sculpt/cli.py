@@ -165,20 +165,34 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--split", default="test", choices=["val", "test"])
     parser.add_argument("--target", help="the task that counts as Target (default: if there is only one)")
-    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--batch_size", type=int, help="default: 16 on a CPU, on a GPU what its free memory allows")
     parser.add_argument("--max_new_tokens", type=int, default=128)
+    parser.add_argument(
+        "--dtype",
+        choices=["bf16", "fp16", "fp32"],
+        help="default: fp32 on a CPU; on a GPU fp16, bf16 for a base in bf16",
+    )
+    parser.add_argument(
+        "--exact",
+        action="store_true",
+        help="in 16 bits, near-ties one by one: no answer depends on the batch, but slow",
+    )
     parser.add_argument("--okvqa_variant", choices=["authors", "official"], default="authors")
     parser.add_argument("--output_dir", type=Path, help="for results.json and predictions/ (default: runs/eval/MODEL)")
-    parser.add_argument("--gpus", type=int, default=1, help="processes, one per GPU (on CPU they share the cores)")
+    parser.add_argument(
+        "--gpus", type=int, help="processes, one per GPU (default: all visible; on CPU 1: they share it)"
+    )
     parser.add_argument("--calibrate", action="store_true", help="compare LLaVA-1.5-7B with its published scores")
     parser.epilog = (
         "Also under torchrun: torchrun --nproc_per_node 4 -m llava_sculpt.cli eval ... "
-        "Interrupted? The same command goes on; --gpus and --batch_size may differ and change no answer."
+        "Interrupted? The same command goes on; --gpus and --batch_size may differ and change no answer in fp32 and "
+        "with --exact; else near-ties may."
     )
 
 
 def _eval(options: argparse.Namespace) -> int:
     from llava_sculpt.artifacts.inference import load_for_inference
+    from llava_sculpt.artifacts.merge import DTYPES
     from llava_sculpt.artifacts.model_card import write_model_card
     from llava_sculpt.artifacts.open import fetch_folder
     from llava_sculpt.evaluation import processes
@@ -192,7 +206,7 @@ def _eval(options: argparse.Namespace) -> int:
     from llava_sculpt.model.checkpoint import find_base_checkpoint
 
     numbers = {key: getattr(options, key) for key in ("gpus", "batch_size", "max_new_tokens")}
-    problems = [f"--{key} must be at least 1, got {value}" for key, value in numbers.items() if value < 1]
+    problems = [f"--{key} must be at least 1, got {v}" for key, v in numbers.items() if v is not None and v < 1]
     if not Path(options.model).is_dir() and options.model.count("/") != 1:
         what = "a task, which --tasks takes" if options.model in TASKS else "no folder, nor OWNER/NAME on the Hub"
         problems.append(f"--model {options.model}: {what}")
@@ -223,11 +237,12 @@ def _eval(options: argparse.Namespace) -> int:
             styles = {task.name: task.prompt_style for task in tasks}
             known = find_base_checkpoint(str(fetch_folder(options.model, weights=False)), weights=False)
             check_calibration(known.config, options.model, options.split, styles)
-        if options.gpus > 1 and not processes.started():
-            return processes.launch(options.gpus, main, options.arguments)
+        count = options.gpus or processes.gpu_count()
+        if count > 1 and not processes.started():
+            return processes.launch(count, main, options.arguments)
         if processes.rank() == 0:
             print(f"data: {root}", flush=True)
-        loaded = load_for_inference(options.model, base=options.base)
+        loaded = load_for_inference(options.model, base=options.base, dtype=DTYPES.get(options.dtype), merge=True)
         folder = options.output_dir or Path("runs/eval") / _name_of_model(options.model)
         results = evaluate(
             loaded,
@@ -236,6 +251,7 @@ def _eval(options: argparse.Namespace) -> int:
             label=options.model,
             batch_size=options.batch_size,
             max_new_tokens=options.max_new_tokens,
+            exact=options.exact,
             okvqa_variant=options.okvqa_variant,
             target=options.target,
         )
@@ -271,7 +287,7 @@ def _add_ask(parser: argparse.ArgumentParser) -> None:
         "--image", type=Path, action="append", default=[], help="repeat it for several; none: text only"
     )
     parser.add_argument("--base", help="base checkpoint, if not the one the adapter names")
-    parser.add_argument("--batch_size", type=_at_least_1, default=16, help="questions at a time; changes no answer")
+    parser.add_argument("--batch_size", type=_at_least_1, help="questions at a time (default: as in eval)")
     parser.add_argument("--max_new_tokens", type=_at_least_1, default=128)
     parser.add_argument("--json", action="store_true", help='[{"image", "question", "answer"}, ...]')
 

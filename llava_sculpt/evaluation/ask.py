@@ -20,7 +20,7 @@ Picture = str | os.PathLike[str] | Image.Image  # a file, or the picture itself
 def load(path: str | os.PathLike[str], base: str | None = None, *, beside: Model | None = None) -> Model:
     """A model ready to answer: a run, a base or merged model, or the id of one on the Hub.
 
-    In bfloat16 on a GPU, in float32 on a CPU.
+    In float32 on a CPU, in float16 on a GPU (bfloat16 if the base is stored so).
 
     Args:
         base: base checkpoint to use instead of the one that a run's adapter names.
@@ -39,19 +39,25 @@ class Model:
         self.loaded = loaded
 
     @overload
-    def ask(self, image: Picture | None, question: str, *, batch_size: int = 16, max_new_tokens: int = 128) -> str: ...
+    def ask(
+        self, image: Picture | None, question: str, *, batch_size: int | None = None, max_new_tokens: int = 128
+    ) -> str: ...
 
     @overload
-    def ask(self, image: Any, question: Any, *, batch_size: int = 16, max_new_tokens: int = 128) -> list[str]: ...
+    def ask(
+        self, image: Any, question: Any, *, batch_size: int | None = None, max_new_tokens: int = 128
+    ) -> list[str]: ...
 
-    def ask(self, image: Any, question: Any, *, batch_size: int = 16, max_new_tokens: int = 128) -> str | list[str]:
+    def ask(
+        self, image: Any, question: Any, *, batch_size: int | None = None, max_new_tokens: int = 128
+    ) -> str | list[str]:
         """The greedy answer to a question, in the words of `llava-sculpt eval`.
 
         Args:
             image: a file, a PIL image, or None for a question without a picture; or a list of these.
             question: without `<image>`; or a list. Of two lists each question is about the image in its place; a
                 single image or question goes with every entry of the other list.
-            batch_size: questions at a time; changes no answer.
+            batch_size: questions at a time (default: see `generate_answers`); changes no answer in float32.
             max_new_tokens: where an answer is cut off.
 
         Returns:
@@ -100,9 +106,9 @@ class Model:
         return Chat(self.loaded, load_rgb(picture) if isinstance(picture, str) else picture, max_new_tokens)
 
 
-def _number_problems(**numbers: int) -> list[str]:
-    """Error messages about numbers that must be at least 1."""
-    return [f"{name} must be at least 1, got {value}" for name, value in numbers.items() if value < 1]
+def _number_problems(**numbers: int | None) -> list[str]:
+    """Error messages about numbers that must be at least 1, where they are given."""
+    return [f"{name} must be at least 1, got {n}" for name, n in numbers.items() if n is not None and n < 1]
 
 
 def _as_asked(picture: Any) -> str | Image.Image | None:

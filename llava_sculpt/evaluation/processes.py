@@ -27,6 +27,11 @@ def started() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def gpu_count() -> int:
+    """Processes that evaluate by default: one for each visible GPU, one on a CPU."""
+    return max(1, torch.cuda.device_count()) if torch.cuda.is_available() else 1
+
+
 def rank() -> int:
     """Number of this process, 0 where there is one."""
     return dist.get_rank() if dist.is_initialized() else 0

@@ -47,8 +47,19 @@ class Inputs(TypedDict):
     images: dict[str, str]
 
 
+class Precision(TypedDict):
+    """How answers were computed: dtype of the weights, whether none depends on the batch, an adapter in the weights."""
+
+    dtype: str
+    exact: bool
+    merged: bool
+
+
 class Results(TypedDict):
-    """Content of results.json, see `evaluation.run.evaluate`. Files written before 0.3 have no `inputs`."""
+    """Content of results.json, see `evaluation.run.evaluate`.
+
+    Files written before 0.3 have no `inputs` and no `precision`; they are of exact decoding, in float32 or bfloat16.
+    """
 
     model_id: str
     base: str
@@ -61,6 +72,7 @@ class Results(TypedDict):
     config_hash: str
     versions: dict[str, str]
     inputs: NotRequired[Inputs]
+    precision: NotRequired[Precision]
 
 
 def read_results_file(file: Path) -> Results:

@@ -24,7 +24,15 @@ from llava_sculpt.evaluation.generate import generate_answers
 from llava_sculpt.evaluation.journal import Journal
 from llava_sculpt.evaluation.prepared import Task
 from llava_sculpt.evaluation.processes import from_first, rank, share_out, world_size
-from llava_sculpt.evaluation.results_file import RESULTS_FILE, Inputs, Results, Settings, TaskResult, read_results_file
+from llava_sculpt.evaluation.results_file import (
+    RESULTS_FILE,
+    Inputs,
+    Precision,
+    Results,
+    Settings,
+    TaskResult,
+    read_results_file,
+)
 from llava_sculpt.locks import folder_lock, remove_leftovers
 from llava_sculpt.names import SOURCES, is_target
 from llava_sculpt.records import versions, write_atomically, write_json
@@ -37,8 +45,9 @@ def evaluate(
     out_dir: Path,
     *,
     label: str,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     max_new_tokens: int = 128,
+    exact: bool = False,
     okvqa_variant: str = "authors",
     target: str | None = None,
 ) -> Results:
@@ -50,28 +59,32 @@ def evaluate(
 
     Args:
         label: name of the model in the results.
-        batch_size: questions at a time; changes no answer.
+        batch_size: questions at a time (default: see `generate_answers`).
+        exact: in 16 bits too no answer depends on batch size, processes or interruptions, as in float32. Otherwise
+            near-ties may, and a continued evaluation may answer a few questions otherwise than one in a single piece.
         target: the task that counts as Target, see `choose_target`.
 
     Returns:
         The content of results.json: "model_id", "base" (the base checkpoint's fingerprint), "tasks" {name: score, n,
         split, metric, variant, prompt_style, decoding, and a benchmark's further numbers}, "source" (mean of the four
         Source tasks), "target", "target_task", "avg" (Eq. 42), each None if a part is missing, "settings" with
-        "config_hash", "inputs" (fingerprints of model, tokenizer with preprocessor, and images), "versions". All scores
-        are on the paper's scale. The hash covers data, prompts, decoding and scorers, not model or batch size: equal
-        hashes mean comparable scores.
+        "config_hash", "inputs" (fingerprints of model, tokenizer with preprocessor, and images), "precision" (dtype,
+        exact, whether an adapter is merged), "versions". All scores are on the paper's scale. The hash covers data,
+        prompts, decoding and scorers, not model, precision or batch size: equal hashes mean comparable scores.
 
     Raises:
         UserError: a batch size or number of tokens below 1, a wrong target, images that cannot be used, a folder that
             cannot be written, holds results of another model, or is in use.
     """
-    if batch_size < 1 or max_new_tokens < 1:
+    if (batch_size is not None and batch_size < 1) or max_new_tokens < 1:
         raise UserError(f"batch_size and max_new_tokens must be at least 1, got {batch_size} and {max_new_tokens}")
     target = choose_target([task.name for task in tasks], target)
     inputs = from_first(lambda: _inputs(loaded, tasks))
     with folder_lock(out_dir) if rank() == 0 else nullcontext():
         from_first(lambda: _check_model(out_dir, inputs, loaded, label))
-        return _evaluate(loaded, tasks, out_dir, inputs, label, batch_size, max_new_tokens, okvqa_variant, target)
+        return _evaluate(
+            loaded, tasks, out_dir, inputs, label, batch_size, max_new_tokens, exact, okvqa_variant, target
+        )
 
 
 def _evaluate(
@@ -80,17 +93,20 @@ def _evaluate(
     out_dir: Path,
     inputs: Inputs,
     label: str,
-    batch_size: int,
+    batch_size: int | None,
     max_new_tokens: int,
+    exact: bool,
     okvqa_variant: str,
     target: str | None,
 ) -> Results:
     split = tasks[0].split
     decoding = f"greedy, at most {max_new_tokens} new tokens"
     folder = out_dir / "predictions"
+    precision = precision_of(loaded, exact)
     if rank() == 0:
         remove_leftovers(folder)
-    journals = {task.name: Journal(folder, task.name, _key(inputs, task, max_new_tokens)) for task in tasks}
+        print(_how(loaded, precision), flush=True)
+    journals = {task.name: Journal(folder, task.name, _key(inputs, task, max_new_tokens, precision)) for task in tasks}
     known = from_first(lambda: {name: journal.read() for name, journal in journals.items()})
 
     def answer_rest(task: Task) -> None:
@@ -105,7 +121,7 @@ def _evaluate(
         journal = journals[task.name]
         try:
             parts = loaded.model, loaded.tokenizer, loaded.preprocessor
-            for answers in generate_answers(*parts, mine, task.image_folder, batch_size, max_new_tokens):
+            for answers in generate_answers(*parts, mine, task.image_folder, batch_size, max_new_tokens, exact):
                 journal.append({mine[place]["question_id"]: text for place, text in answers.items()}, rank())
                 if not bar.disable:
                     bar.update(sum(part.count() for part in journals.values()) - bar.n)
@@ -155,6 +171,7 @@ def _evaluate(
         "settings": settings,
         "config_hash": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
         "inputs": inputs,
+        "precision": precision,
         "versions": versions(),
     }
     if rank() == 0:
@@ -193,14 +210,32 @@ def _check_model(out_dir: Path, inputs: Inputs, loaded: Inference, label: str) -
         same = (known["model_id"], known["base"]) == (label, loaded.checkpoint.fingerprint())
     if not same:
         raise UserError(
-            f"{file}: results of another model ({known['model_id']}), or of this one on another device: {advice}"
+            f"{file}: results of another model ({known['model_id']}), or of this one in another dtype or on another "
+            f"device: {advice}"
         )
 
 
-def _key(inputs: Inputs, task: Task, max_new_tokens: int) -> str:
+def precision_of(loaded: Inference, exact: bool) -> Precision:
+    """How `evaluate` computes the answers of a model."""
+    dtype = loaded.weight.dtype
+    name = str(dtype).removeprefix("torch.")
+    return {"dtype": name, "exact": exact or dtype == torch.float32, "merged": loaded.merged}
+
+
+def _how(loaded: Inference, precision: Precision) -> str:
+    """Where and in which precision it is answered, in a line."""
+    count, on_gpu = world_size(), loaded.weight.device.type == "cuda"
+    where = f"{count} {'GPU' if on_gpu else 'CPU process'}{('s' if on_gpu else 'es') * (count > 1)}"
+    ties = "no answer depends on the batch" if precision["exact"] else "near-ties may depend on the batch (not --exact)"
+    return f"evaluating on {where}, {precision['dtype']}: {ties}"
+
+
+def _key(inputs: Inputs, task: Task, max_new_tokens: int, precision: Precision) -> str:
     """What decides the answers to a task: model, processing, questions, images, decoding, and the code that does it."""
     parts = [llava_sculpt.__version__, torch.__version__, inputs["model"], inputs["processing"]]
     parts += [task.fingerprint, inputs["images"][task.name], str(max_new_tokens)]
+    if not precision["exact"] or precision["merged"]:
+        parts.append(json.dumps(precision, sort_keys=True))
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

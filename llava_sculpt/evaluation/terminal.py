@@ -31,7 +31,7 @@ def ask(
     questions: Sequence[str],
     *,
     base: str | None,
-    batch_size: int,
+    batch_size: int | None,
     max_new_tokens: int,
     as_json: bool,
 ) -> None:

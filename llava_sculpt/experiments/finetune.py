@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from llava_sculpt.artifacts.inference import load_for_inference
+from llava_sculpt.artifacts.inference import inference_dtype, load_for_inference
 from llava_sculpt.artifacts.model_card import upload_results, write_model_card
 from llava_sculpt.artifacts.open import open_checkpoint
 from llava_sculpt.config_reader import flag_value, with_defaults, without_token
@@ -30,6 +30,7 @@ from llava_sculpt.evaluation.compare_page import write_page
 from llava_sculpt.evaluation.figure import plot_forgetting, plot_source_target
 from llava_sculpt.evaluation.own import prepare_own
 from llava_sculpt.evaluation.prepared import Task, load_tasks, own_tasks
+from llava_sculpt.evaluation.processes import gpu_count, launch, process_group
 from llava_sculpt.evaluation.results_file import RESULTS_FILE, Results, read_results_file
 from llava_sculpt.evaluation.run import evaluate
 from llava_sculpt.evaluation.table import format_details, format_table
@@ -44,7 +45,7 @@ from llava_sculpt.train.train import main as train_main
 PAPER_MODEL = "llava-hf/llava-1.5-7b-hf"
 TINY_MODEL = "data/tiny_llava"
 MODEL = {"tiny": TINY_MODEL, "paper": PAPER_MODEL}
-EVAL_BATCH = {"tiny": 100, "paper": 16}
+EVAL_BATCH = {"tiny": 100, "paper": None}  # None: what a GPU's free memory allows
 GLOBAL_BATCH = 16
 PER_DEVICE_BATCH = 4
 PROBE = 32  # pictures of one's own task
@@ -209,7 +210,7 @@ def training_data(task: str, scale: str) -> tuple[Path, Path]:
 
 
 def _zero_shot(model: str, names: list[str], scale: str) -> Results:
-    """The untouched base model's results, evaluated once and kept while base, processing, data and images are."""
+    """The untouched base model's results, evaluated once and kept while base, processing, data, images, dtype are."""
     file = Path(f"runs/{scale}/{names[0]}/zero_shot") / RESULTS_FILE
     checkpoint = open_checkpoint(model)
     known = _read_or_skip(file) if file.is_file() else None
@@ -219,6 +220,7 @@ def _zero_shot(model: str, names: list[str], scale: str) -> Results:
             known["settings"]["data"] == {t.name: t.fingerprint for t in tasks}
             and known["inputs"]["images"] == {t.name: t.images for t in tasks}
             and known["inputs"]["processing"] == processing_fingerprint(checkpoint.path)
+            and ("precision" not in known or f"torch.{known['precision']['dtype']}" == str(inference_dtype(checkpoint)))
         ):
             return known
     if file.is_file():
@@ -227,10 +229,38 @@ def _zero_shot(model: str, names: list[str], scale: str) -> Results:
 
 
 def evaluate_model(model: str, folder: Path, tasks: list[str], scale: str, label: str, split: str = "test") -> Results:
-    """Evaluate a base model or an adapter with the scale's data and batch; writes results.json into `folder`."""
+    """Evaluate a base model or an adapter with the scale's data and batch; writes results.json into `folder`.
+
+    At scale paper on all visible GPUs, a process each.
+
+    Raises:
+        UserError: data, model or folder cannot be used.
+    """
     print(f"evaluating {label} ({model}) on {split}", flush=True)
     prepared = load_tasks(tasks, DATA[scale], split)
-    return evaluate(load_for_inference(model), prepared, folder, label=label, batch_size=EVAL_BATCH[scale])
+    processes = gpu_count() if scale == "paper" else 1
+    if processes == 1:
+        return evaluate(
+            load_for_inference(model, merge=True), prepared, folder, label=label, batch_size=EVAL_BATCH[scale]
+        )
+    code = launch(processes, _evaluate_share, [model, str(folder), ",".join(tasks), scale, label, split])
+    if code != 0:
+        raise UserError(f"{folder}: not evaluated: one of {processes} processes ended with exit code {code}, see above")
+    return read_results_file(folder / RESULTS_FILE)
+
+
+def _evaluate_share(arguments: list[str]) -> int:
+    """One of the processes of `evaluate_model`; returns its exit code."""
+    model, folder, tasks, scale, label, split = arguments
+    try:
+        with process_group():
+            prepared = load_tasks(tasks.split(","), DATA[scale], split)
+            loaded = load_for_inference(model, merge=True)
+            evaluate(loaded, prepared, Path(folder), label=label, batch_size=EVAL_BATCH[scale])
+    except UserError as error:
+        print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
+        return 2
+    return 0
 
 
 def _read_or_skip(file: Path) -> Results | None:

@@ -211,6 +211,7 @@ def _score(run: Run, seconds: dict[str, float]) -> dict[str, Any]:
             "seconds": {part: round(value, 1) for part, value in seconds.items()},
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "versions": results["versions"],
+            "precision": results.get("precision"),
             "peak_memory_bytes": trained.get("peak_memory_bytes"),
             "engine": trained.get("engine"),
         },

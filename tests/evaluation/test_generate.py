@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import DynamicCache, LlavaConfig
 
 from llava_sculpt.data.conversation import IMAGE_TOKEN_INDEX, encode_prompt
 from llava_sculpt.data.images import load_rgb
 from llava_sculpt.errors import UserError
 from llava_sculpt.evaluation import decode
+from llava_sculpt.evaluation.batch_size import batch_that_fits, bytes_per_question
 from llava_sculpt.evaluation.chat import Chat
 from llava_sculpt.evaluation.decode import Decoder
 from llava_sculpt.evaluation.generate import generate_answers
+from llava_sculpt.memory.plan import read_checkpoint_config
 
 QUESTIONS = [
     {"question_id": n, "image": f"{n % 5}.png", "text": "what is number " * (n % 4 + 1) + f"{n} in this picture ?"}
@@ -98,6 +102,70 @@ def test_a_tie_is_broken_as_by_the_question_alone(world, pictures, monkeypatch):
     finally:
         with torch.no_grad():
             head.copy_(before)
+
+
+@pytest.fixture(scope="module")
+def half(world):
+    """The same model in bfloat16, where most of its choices are near-ties."""
+    return dataclasses.replace(world, model=copy.deepcopy(world.model).bfloat16())
+
+
+def test_near_ties_in_16_bits_are_answered_alone_only_if_asked_for(half, pictures, monkeypatch):
+    alone = []
+    answer_alone = Decoder._answer_alone
+    monkeypatch.setattr(Decoder, "_answer_alone", lambda self, p, i: alone.append(p.index) or answer_alone(self, p, i))
+    found = answers(half, pictures, QUESTIONS[:6])
+    assert alone == [] and len(set(found)) > 2
+    exact = [answers(half, pictures, QUESTIONS[:6], batch_size=size, exact=True) for size in (1, 4)]
+    assert exact[0] == exact[1] and alone
+
+
+def test_out_of_memory_halves_the_batch_and_loses_nothing(world, pictures, monkeypatch, capsys):
+    expected = answers(world, pictures)
+    answer, select = Decoder.answer, DynamicCache.batch_select_indices
+    selected = []
+
+    def scarce(self, batch, images, may_put_off):
+        if len(batch) > 6:
+            raise torch.OutOfMemoryError
+        return answer(self, batch, images, may_put_off)
+
+    def later(self, indices):  # in the middle of some answers
+        selected.append(indices)
+        if len(selected) == 3:
+            raise torch.OutOfMemoryError
+        select(self, indices)
+
+    monkeypatch.setattr(Decoder, "answer", scarce)
+    monkeypatch.setattr(DynamicCache, "batch_select_indices", later)
+    assert answers(world, pictures, batch_size=15) == expected
+    told = capsys.readouterr().err.splitlines()
+    assert told[0] == "out of memory with 15 questions at a time: going on with 7" and len(told) == 3
+    monkeypatch.setattr(Decoder, "answer", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+    with pytest.raises(UserError, match="out of memory with a single question"):
+        answers(world, pictures, QUESTIONS[:2])
+
+
+def test_the_batch_follows_from_the_free_memory(world, pictures, monkeypatch):
+    seven = LlavaConfig.from_dict(read_checkpoint_config("llava-hf/llava-1.5-7b-hf"))
+    cache, working = bytes_per_question(seven, torch.float16, 800)
+    assert cache == 800 * 512 * 1024  # 32 layers, keys and values of 4,096 numbers
+    assert 0.1 < working / cache < 0.5
+    sizes = [batch_that_fits(seven, torch.float16, 800, int(gib * 2**30)) for gib in (0.1, 8.5, 65)]
+    assert sizes[0] == 1 and 10 <= sizes[1] <= 16 and sizes[2] == 64
+    widths = []
+    update = DynamicCache.update
+    monkeypatch.setattr(
+        DynamicCache,
+        "update",
+        lambda self, k, v, *a, **o: widths.append(k.nbytes + v.nbytes) or update(self, k, v, *a, **o),
+    )
+    answers(world, pictures, QUESTIONS[:1], max_new_tokens=1)
+    monkeypatch.undo()
+    prompt = encode_prompt(QUESTIONS[0]["text"], world.tokenizer, True)
+    twice = prompt.index(IMAGE_TOKEN_INDEX)  # the text before the image is kept for all questions, and copied
+    counted = bytes_per_question(world.model.config, torch.float32, len(prompt) - 1 + 4 + twice)[0]
+    assert sum(widths) == counted
 
 
 def test_long_answers_are_put_off_and_finished_together(world, pictures, monkeypatch):

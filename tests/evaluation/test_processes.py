@@ -14,8 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llava_sculpt.errors import UserError
 from llava_sculpt.evaluation.journal import answer_record
 from llava_sculpt.evaluation.processes import share_out
+from llava_sculpt.experiments import finetune
 from llava_sculpt.experiments.tiny_data import prepare_tiny_world
 from tests.evaluation.conftest import first_questions
 
@@ -86,11 +88,26 @@ def assert_same(out: Path, expected: Path) -> None:
     assert sorted(path.name for path in (out / "predictions").iterdir()) == ["gqa.jsonl", "iconqa.jsonl"]
 
 
+@pytest.mark.slow
 def test_gpus_starts_processes_that_share_the_questions(data, alone, tmp_path):
     done = run(*command(data, tmp_path, "--tasks", "gqa,iconqa", "--batch_size", "16", "--gpus", "2"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("results:") == 1
     assert_same(tmp_path, alone)
+
+
+def test_finetune_evaluates_on_all_gpus(data, alone, tmp_path, monkeypatch):
+    (tmp_path / "data").symlink_to(data)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(finetune, "gpu_count", lambda: 2)
+    out = tmp_path / "out"
+    results = finetune.evaluate_model(str(TINY), out, ["gqa", "iconqa"], "paper", str(TINY))
+    assert_same(out, alone)
+    assert results == json.loads((out / "results.json").read_text())
+    monkeypatch.setattr(finetune, "launch", lambda *_: 2)
+    with pytest.raises(UserError, match=r"one of 2 processes ended with exit code 2"):
+        finetune.evaluate_model(str(TINY), out, ["gqa"], "paper", "lost")
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -73,7 +74,7 @@ def test_the_folder_of_another_model_is_refused_and_of_the_same_one_replaced(wor
     results = run(world, data_root, tmp_path, ["gqa"])
     assert run(world, data_root, tmp_path, ["gqa"], max_new_tokens=3)["config_hash"] != results["config_hash"]
     other = {**results, "inputs": {**results["inputs"], "model": "0" * 64}}
-    old = {key: value for key, value in results.items() if key != "inputs"}
+    old = {key: value for key, value in results.items() if key not in ("inputs", "precision")}
     for content in (other, {**old, "model_id": "lora"}, {**old, "tasks": []}, {}):
         file.write_text(json.dumps(content))
         with pytest.raises(UserError, match="--output_dir"):
@@ -81,6 +82,24 @@ def test_the_folder_of_another_model_is_refused_and_of_the_same_one_replaced(wor
         assert json.loads(file.read_text()) == content
     file.write_text(json.dumps(old))
     assert run(world, data_root, tmp_path, ["gqa"]) == results
+
+
+def test_the_precision_is_recorded_and_what_is_not_exact_is_not_mixed_with_what_is(world, data_root, tmp_path, capsys):
+    half = replace(world, model=copy.deepcopy(world.model).bfloat16())
+
+    def killed(loaded, exact):
+        """What is told about a journal that an evaluation leaves."""
+        with pytest.raises(KeyboardInterrupt), patch.object(Journal, "remove", side_effect=KeyboardInterrupt):
+            run(loaded, data_root, tmp_path, ["gqa"], exact=exact)
+        return "not continued" in capsys.readouterr().err, json.loads((tmp_path / "out/results.json").read_text())
+
+    refused, results = killed(half, False)
+    assert not refused and results["precision"] == {"dtype": "bfloat16", "exact": False, "merged": False}
+    assert not killed(half, False)[0] and killed(half, True)[0]
+    shutil.rmtree(tmp_path / "out")
+    refused, results = killed(world, False)
+    assert not refused and results["precision"] == {"dtype": "float32", "exact": True, "merged": False}
+    assert not killed(world, True)[0]  # in float32 it is the same
 
 
 def test_one_evaluation_at_a_time_works_in_a_folder(world, data_root, tmp_path):

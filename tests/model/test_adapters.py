@@ -19,11 +19,12 @@ from transformers import AutoProcessor, LlamaConfig, LlamaForCausalLM, LlavaForC
 from llava_sculpt.artifacts import delta as delta_module
 from llava_sculpt.artifacts.convert import convert_adapter, convert_checkpoint
 from llava_sculpt.artifacts.delta import SparseDelta
-from llava_sculpt.artifacts.inference import load_for_inference
-from llava_sculpt.artifacts.merge import WeightUpdate, bits, merge_adapter
+from llava_sculpt.artifacts.inference import inference_dtype, load_for_inference
+from llava_sculpt.artifacts.merge import WeightUpdate, bits, merge_adapter, rewrite_checkpoint
 from llava_sculpt.artifacts.sparse import export_sparse, import_sparse, pack_mask, unpack_mask
 from llava_sculpt.cli import main
 from llava_sculpt.errors import UserError
+from llava_sculpt.model.checkpoint import find_base_checkpoint
 from llava_sculpt.model.files import ADAPTER_CONFIG, ADAPTER_FILE, CONNECTOR_FILE, MASKS_FILE
 from llava_sculpt.model.lora import LLM_TARGETS
 from llava_sculpt.model.whole import read_run
@@ -179,6 +180,28 @@ def test_merged_in_half_precision_is_rounded_once(
     merge_adapter(run, tmp_path / "full")
     half, full = load_file(tmp_path / "half" / "model.safetensors"), load_file(tmp_path / "full" / "model.safetensors")
     assert all(half[key].dtype == dtype and torch.equal(half[key], full[key].to(dtype)) for key in full)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_merged_in_memory_is_what_merge_writes(
+    run: Path, checkpoint: Path, tmp_path: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a base stored in that dtype: weights off the support, and on it, bit for bit; in float32 nothing is merged."""
+    rewrite_checkpoint(find_base_checkpoint(str(checkpoint)), tmp_path / "base", lambda *_: None, dtype)
+    adapter = tmp_path / "adapter"  # as stock PEFT leaves it, with a connector: of no known base
+    adapter.mkdir()
+    for name in (ADAPTER_CONFIG, ADAPTER_FILE, CONNECTOR_FILE):
+        shutil.copy(run / name, adapter)
+    merge_adapter(adapter, tmp_path / "merged", str(tmp_path / "base"))
+    expected = load_for_inference(str(tmp_path / "merged"), dtype=dtype).model.state_dict()
+    loaded = load_for_inference(str(adapter), base=str(tmp_path / "base"), dtype=dtype, merge=True)
+    found = loaded.model.state_dict()
+    assert loaded.merged and found.keys() == expected.keys()
+    assert all(torch.equal(bits(found[name]), bits(expected[name])) for name in found)
+    assert not load_for_inference(str(run), dtype=torch.float32, merge=True).merged
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert inference_dtype(loaded.checkpoint) == dtype
+    assert inference_dtype(find_base_checkpoint(str(checkpoint))) == torch.float16  # stored in float32
 
 
 def test_merge_keeps_negative_zeros() -> None:
