@@ -249,9 +249,20 @@ class TrainingArguments(HfTrainingArguments):
         default=False, metadata={"help": "Start although `llava-sculpt plan` says that the GPU's memory is too small."}
     )
 
+    plan: str = field(
+        default="given",
+        metadata={
+            "help": "How a step is split and checkpointed: as given, or the fastest way that fits the GPU, with the "
+            "same global batch (`llava-sculpt plan` names it).",
+            "choices": ["given", "auto"],
+        },
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
+        # From pinned memory a batch is sent while the step before it still runs.
+        self.accelerator_config.non_blocking = self.dataloader_pin_memory
 
 
 @dataclass
@@ -292,7 +303,10 @@ class Config:
     def identity(self) -> dict[str, Any]:
         """The fields that decide the result: two runs that agree in them may continue each other."""
         unused = set() if self.sculpt.method in PENALTIES else {"reg_lambda"}
-        return {k: v for k, v in self.to_dict().items() if k not in _DOES_NOT_CHANGE_THE_RESULT | unused}
+        counts = {k: v for k, v in self.to_dict().items() if k not in _DOES_NOT_CHANGE_THE_RESULT | unused}
+        options: Any = counts.get("activation_checkpointing_kwargs") or {}
+        kept = {k: v for k, v in options.items() if k != "every_n_layers"}
+        return {**counts, "activation_checkpointing_kwargs": kept or None}
 
 
 # Where a run is written, how it is watched and split over devices: free to change between a start and its resume.
@@ -305,7 +319,7 @@ _DOES_NOT_CHANGE_THE_RESULT = frozenset(
     dataloader_num_workers dataloader_prefetch_factor dataloader_pin_memory dataloader_persistent_workers
     accelerator_config push_to_hub hub_model_id hub_token hub_strategy hub_private_repo hub_revision hub_always_push
     per_device_train_batch_size gradient_accumulation_steps activation_checkpointing gradient_checkpointing
-    include_num_input_tokens_seen use_cpu ignore_plan deepspeed model_name_or_path data_path image_folder
+    include_num_input_tokens_seen use_cpu ignore_plan plan deepspeed model_name_or_path data_path image_folder
     eval_data_path eval_image_folder allow_outside eval_strategy eval_steps eval_delay eval_on_start do_eval
     per_device_eval_batch_size eval_accumulation_steps forgetting_probe
     """.split()

@@ -23,6 +23,7 @@ from pydantic import Field
 from transformers.integrations import integration_utils
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
+from transformers.utils import is_liger_kernel_available
 from typing_extensions import NotRequired, TypedDict
 
 from llava_sculpt.config import RANGES, Config, DataArguments, ModelArguments, SculptArguments, TrainingArguments
@@ -74,8 +75,11 @@ _NOT_HERE = {
         "do_predict batch_eval_metrics include_for_metrics prediction_loss_only eval_use_gather_object"
     ),
     "masks and the exact resume were never checked with it": (
-        "torch_compile torch_compile_backend torch_compile_mode use_liger_kernel liger_kernel_config fsdp fsdp_config "
-        "parallelism_config optim_target_modules"
+        "torch_compile torch_compile_backend torch_compile_mode fsdp fsdp_config parallelism_config "
+        "optim_target_modules"
+    ),
+    "use_liger_kernel takes its norms, rotary embedding and SwiGLU, and leaves the loss, which is short already": (
+        "liger_kernel_config"
     ),
 }
 _ENUMS: dict[str, type[Enum]] = {"lr_scheduler_type": SchedulerType, "optim": OptimizerNames}
@@ -303,6 +307,9 @@ def parse_config(argv: list[str], *, elsewhere: bool = False) -> Config:
     if problems:  # before a process group is started
         raise UserError(problems)
     training_values = {k: v for k, v in values.items() if k in {f.name for f in dataclasses.fields(TrainingArguments)}}
+    if training_values.get("use_liger_kernel"):
+        # Its loss slices by a number of last tokens; ours comes at the positions that have a label, and needs no more.
+        training_values["liger_kernel_config"] = {"cross_entropy": False, "fused_linear_cross_entropy": False}
     if elsewhere:
         training_values |= {"use_cpu": True, "tf32": None, "deepspeed": None}
     else:
@@ -525,6 +532,16 @@ def _missing_here(model: ModelArguments, data: DataArguments, values: dict[str, 
     for name, path in (("image_folder", data.image_folder), ("eval_image_folder", data.eval_image_folder)):
         if path and not os.path.isdir(path):
             problems.append(f"{name}: no such folder: {path}")
+    if values.get("use_liger_kernel"):
+        if not torch.cuda.is_available():
+            problems.append("use_liger_kernel: needs a GPU: leave it out")
+        elif not is_liger_kernel_available():
+            problems.append("use_liger_kernel: not installed here: pip install liger-kernel")
+    every: Any = (values.get("activation_checkpointing_kwargs") or {}).get("every_n_layers", 1)
+    if not isinstance(every, int) or every < 1:
+        problems.append(
+            f"activation_checkpointing_kwargs: every_n_layers: a number of layers from 1 on, got {every!r:.60}"
+        )
     installed = integration_utils.get_available_reporting_integrations()
     for name in values["report_to"]:
         if name in integration_utils.INTEGRATION_TO_CALLBACK and name not in (*installed, "flyte"):

@@ -20,6 +20,9 @@ class TrainCollator:
     images: ``input_ids``, ``labels`` and ``attention_mask`` int64 [B, n], ``pixel_values`` float32 [k, 3, H, W]
     in the order of the samples. A batch without images gets one more row, a black image that is not trained on, so
     that every process runs the vision tower.
+
+    ``logits_to_keep`` and ``shift_labels``, int64 [B, k], say where a next token is trained on and which one, so that
+    the model makes logits nowhere else: most of a sample is its image. (See ``supervised_positions``.)
     """
 
     pad_token_id: int
@@ -46,12 +49,34 @@ class TrainCollator:
             rows.append(([self.image_token_id] * self.image_tokens, [IGNORE_INDEX] * self.image_tokens))
             pixels = [torch.zeros(3, self.image_size, self.image_size)]
         length = max(len(ids) for ids, _ in rows)
+        labels = torch.tensor([labels + [IGNORE_INDEX] * (length - len(labels)) for _, labels in rows])
+        positions, shifted = supervised_positions(labels)
         return {
             "input_ids": torch.tensor([ids + [self.pad_token_id] * (length - len(ids)) for ids, _ in rows]),
             "attention_mask": torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids, _ in rows]),
-            "labels": torch.tensor([labels + [IGNORE_INDEX] * (length - len(labels)) for _, labels in rows]),
+            "labels": labels,
+            "logits_to_keep": positions,
+            "shift_labels": shifted,
             "pixel_values": torch.stack(pixels),
         }
+
+
+def supervised_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where a next token is trained on, and which.
+
+    Args:
+        labels: int64 [B, n], of each token itself.
+
+    Returns:
+        Positions and the labels of the tokens behind them, int64 [B, k], k the most of any row and at least 1. Shorter
+        rows are filled up with further positions of theirs whose label is ``IGNORE_INDEX``. (Positions, not a mask: to
+        index with a mask the host must wait for the device.)
+    """
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    trained = shifted != IGNORE_INDEX
+    width = max(int(trained.sum(1).max()), 1)
+    positions = trained.int().argsort(dim=1, descending=True, stable=True)[:, :width]
+    return positions, shifted.gather(1, positions)
 
 
 def left_pad(

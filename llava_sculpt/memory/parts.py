@@ -153,6 +153,8 @@ class Setup:
         regularized: CMR on Q, K, V of the LLM. connector_regularized: on the connector. masked: the LLM is pruned.
         zero: DeepSpeed, or None for plain PyTorch (DDP on several GPUs).
         batch: samples in a micro-batch. length: tokens per sample with its image.
+        checkpointing: activations are kept of all decoder layers but every n-th; 0: of all, 1 (True): of none.
+        unlabelled: positions per sample without a label, for which no logits are made: its image's.
     """
 
     architecture: Architecture
@@ -170,7 +172,22 @@ class Setup:
     batch: int
     accumulation: int
     length: int
-    checkpointing: bool
+    checkpointing: int
+    unlabelled: int = 0
+
+    @property
+    def logits(self) -> int:
+        """Positions of a micro-batch that get logits."""
+        return self.batch * max(self.length - self.unlabelled, 1)
+
+    @property
+    def checkpointed(self) -> list[bool]:
+        """Of each decoder layer, whether it is computed again in backward.
+
+        Transformers counts the layers of the whole model, the vision tower's before the language model's.
+        """
+        before, n = self.architecture.tower_layers, self.checkpointing
+        return [n > 0 and (before + layer) % n == 0 for layer in range(self.architecture.layers)]
 
     @property
     def tokens(self) -> int:
@@ -349,10 +366,9 @@ def saved_activations(setup: Setup) -> int:
     """What forward leaves for backward, without what belongs to the loss."""
     sizes, e = setup.architecture, setup.width
     mask = setup.length**2 * setup.batch if setup.batch > 1 else 0  # bool, made once when there is padding
-    if not setup.checkpointing:
-        return sizes.layers * layer_saved(setup) + _connector_saved(setup) + mask
-    # One input per decoder layer.
-    return sizes.layers * setup.tokens * sizes.hidden * e + _connector_saved(setup) + mask
+    again = sum(setup.checkpointed)  # of these only the input
+    layers = again * setup.tokens * sizes.hidden * e + (sizes.layers - again) * layer_saved(setup)
+    return layers + _connector_saved(setup) + mask
 
 
 def layer_saved(setup: Setup) -> int:
@@ -368,21 +384,33 @@ def layer_saved(setup: Setup) -> int:
     return norms + attention + mlp + rank + _lora_inputs(setup)
 
 
+def loss_saved(setup: Setup) -> int:
+    """What the last norm, the choice of positions and the loss leave for backward, which begins with them."""
+    sizes = setup.architecture
+    norm = (4 + setup.width) * setup.tokens * sizes.hidden  # its float32 input, and its output
+    # An int64 for every entry of a hidden state that goes to the head, and the log-probabilities.
+    return norm + setup.logits * (8 * sizes.hidden + 4 * sizes.vocabulary)
+
+
 def activation_peaks(setup: Setup) -> dict[str, int]:
     """Activations alive at the moments that can be the peak of a step, in bytes, saved ones included."""
-    sizes, e, N = setup.architecture, setup.width, setup.tokens
+    sizes, e = setup.architecture, setup.width
     saved = saved_activations(setup)
-    # Backward of the loss: log-probabilities, their gradient, and the logits' gradient, all float32; the 16-bit
-    # logits are gone by then. The input of the last norm is still there.
-    loss = saved + 12 * N * sizes.vocabulary + 4 * N * sizes.hidden
-    layer = saved + _layer_peak(setup) + (layer_saved(setup) if setup.checkpointing else 0)
+    # Backward of the loss: beside the log-probabilities their gradient and the logits', all float32; the 16-bit
+    # logits are gone by then.
+    loss = saved + loss_saved(setup) + 8 * setup.logits * sizes.vocabulary
+    # Backward frees layer by layer: the worst of the last layer and the last that is computed again.
+    behind = [*reversed(setup.checkpointed), True].index(True)
+    layer = saved + _layer_peak(setup, again=behind == 0) + (layer_saved(setup) if behind == 0 else 0)
+    if 0 < behind < sizes.layers:
+        layer = max(layer, saved + (1 - behind) * layer_saved(setup) + _layer_peak(setup, again=True))
     images = setup.batch * (sizes.image_tokens + 1) * e
     # Every hidden state of the tower is held until the language model has run; one MLP's two halves beside them.
     tower = images * ((sizes.tower_layers + 3) * sizes.tower_hidden + 2 * sizes.tower_intermediate)
     return {"loss": loss, "one layer's backward": layer, "vision tower": max(saved, tower)}
 
 
-def _layer_peak(setup: Setup) -> int:
+def _layer_peak(setup: Setup, *, again: bool) -> int:
     """Beyond what a layer saves: the most that its recomputation or its backward holds at once."""
     sizes, e, N = setup.architecture, setup.width, setup.tokens
     H, F = sizes.hidden, sizes.intermediate
@@ -402,7 +430,7 @@ def _layer_peak(setup: Setup) -> int:
     shared = 0
     if not setup.half:
         # In float32 the norms save the residual stream itself: the middle one, and the checkpointed layer input.
-        shared = (2 if setup.checkpointing else 1) * e * N * H
+        shared = (2 if again else 1) * e * N * H
     dequantised = e * max(p * q for p, q in sizes.layer_matrices) if setup.bits < 16 else 0
     return max(forward, backward) - shared + dequantised
 
@@ -435,12 +463,12 @@ def step_flops(setup: Setup) -> int:
     Per token, with D the entries of the frozen matrices, R those of LoRA and S the length:
 
         forward      2 (D + R)        and 4 S per layer and attention width (scores, values; the causal half too)
-        recompute    the same for the decoder layers, with activation checkpointing
+        recompute    the same for the checkpointed decoder layers
         backward     2 D for the activations, none for frozen weights, 4 R for LoRA; attention 10 S (its five
                      products, for the kernels recompute the scores)
 
-    The head counts in D and is not recomputed. The tower only runs forward. CMR adds 6 r p q per regularized matrix
-    once per step.
+    The head is not recomputed, and counts at the positions that have a label: 4 H V each. The tower only runs forward.
+    CMR adds 6 r p q per regularized matrix once per step.
     """
     sizes, S = setup.architecture, setup.length
     layers, head = sizes.layers * _entries(sizes.layer_matrices), sizes.head_parameters
@@ -450,7 +478,7 @@ def step_flops(setup: Setup) -> int:
     if setup.connector == "frozen":
         # Nothing before the first layer wants a gradient, so none flows out of its Q, K and V.
         backward -= 2 * _entries(sizes.regularized_matrices) + 2 * setup.lora_r * 3 * sizes.hidden
-    per_token = forward * (2 if setup.checkpointing else 1) + backward + 4 * head
+    per_token = forward + forward * sum(setup.checkpointed) // sizes.layers + backward
 
     places = sizes.image_tokens + 1
     width = sizes.tower_hidden
@@ -463,7 +491,8 @@ def step_flops(setup: Setup) -> int:
     micro_steps = setup.accumulation * setup.gpus
     regularized = sizes.regularized_matrices * sizes.layers if setup.regularized else []
     cmr = 6 * setup.lora_r * _entries(regularized)
-    return micro_steps * (setup.tokens * per_token + setup.batch * (tower + connector)) + cmr
+    per_micro_step = setup.tokens * per_token + 4 * head * setup.logits + setup.batch * (tower + connector)
+    return micro_steps * per_micro_step + cmr
 
 
 def _entries(matrices: Iterable[Shape]) -> int:

@@ -12,9 +12,9 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from llava_sculpt.config import Config
+from llava_sculpt.config import Config, TrainingArguments
 from llava_sculpt.config_reader import parse_config, read_deepspeed
 from llava_sculpt.data.dataset import LlavaDataset, read_training_file
 from llava_sculpt.data.images import ImagePreprocessor
@@ -27,6 +27,7 @@ from llava_sculpt.model.layout import CLIP_L_336, hf_config, is_original
 from llava_sculpt.names import LORASCULPT, PENALTIES
 from llava_sculpt.ranges import out_of_range
 
+MARGIN = 0.9  # of a GPU's memory, that `fastest` fills: the estimate may be that wrong
 GIB = 2**30
 GB = 10**9
 ASSUMED_SAMPLES = 10_000  # the size of the paper's training sets
@@ -100,6 +101,15 @@ class Plan:
         """Whether a GPU with so many bytes is enough."""
         return self.total <= gpu_bytes
 
+    def setting(self) -> str:
+        """How a step is computed, as flags of training."""
+        setup = self.setup
+        words = f"--per_device_train_batch_size {setup.batch} --gradient_accumulation_steps {setup.accumulation} "
+        words += f"--activation_checkpointing {'true' if setup.checkpointing else 'false'}"
+        if setup.checkpointing > 1:
+            words += f" --activation_checkpointing_kwargs '{json.dumps({'every_n_layers': setup.checkpointing})}'"
+        return words
+
     def to_dict(self) -> dict[str, Any]:
         """Everything, JSON-serialisable; memory in bytes."""
         worst = max(self.peaks, key=lambda name: self.peaks[name])
@@ -120,6 +130,7 @@ class Plan:
             "zero": None if self.setup.zero is None else self.setup.zero.stage,
             "per_device_train_batch_size": self.setup.batch,
             "gradient_accumulation_steps": self.setup.accumulation,
+            "checkpoint_every": self.setup.checkpointing,
             "trainable_parameters": self.setup.trainable,
             "notes": list(self.notes),
         }
@@ -168,7 +179,8 @@ def make_plan(
         batch=arguments.per_device_train_batch_size,
         accumulation=arguments.gradient_accumulation_steps,
         length=max(cut, default=arguments.model_max_length),
-        checkpointing=bool(arguments.activation_checkpointing),
+        checkpointing=_checkpointing(arguments),
+        unlabelled=_unlabelled(lengths or (), cut, architecture.image_tokens),
     )
     steps = config.optimizer_steps(samples, gpus)
     samples_seen = steps * setup.batch * setup.accumulation * gpus
@@ -182,6 +194,57 @@ def make_plan(
         total_tokens=round(samples_seen * (statistics.fmean(cut) if cut else setup.length)),
         notes=tuple(_notes(config, setup, read_lengths=bool(cut))),
     )
+
+
+def _checkpointing(arguments: TrainingArguments) -> int:
+    """Every how many decoder layers one is checkpointed; 0: none is."""
+    options: Any = arguments.activation_checkpointing_kwargs or {}
+    return int(options.get("every_n_layers", 1)) if arguments.activation_checkpointing else 0
+
+
+def _unlabelled(lengths: Sequence[int], cut: Sequence[int], image_tokens: int) -> int:
+    """So many tokens less than the longest sample has the longest text. (Lengths of samples without image: below 0.)"""
+    text = [n - image_tokens * (length > 0) for n, length in zip(cut, lengths, strict=True)]
+    return max(cut) - max(text) if cut else image_tokens
+
+
+def fastest(plan: Plan, gpu_bytes: int) -> Plan | None:
+    """The plan of the same run, global batch and steps, with the activation checkpointing and the split of a step
+    that are fastest on a GPU of so many bytes; None if nothing fits there.
+
+    That is the one of least arithmetic, then the largest micro-batch, among those that need `MARGIN` of the memory at
+    most. Under ZeRO-3 the largest micro-batch comes first: every micro-step gathers all weights.
+    """
+    setup = plan.setup
+    own = setup.batch * setup.accumulation
+    by_speed = []
+    for batch in (size for size in range(1, own + 1) if own % size == 0):
+        for checkpointing in range(setup.architecture.layers + 1):
+            other = dataclasses.replace(setup, batch=batch, accumulation=own // batch, checkpointing=checkpointing)
+            by_speed.append((-batch * (setup.stage == 3), step_flops(other), -batch, checkpointing, other))
+    for *_, other in sorted(by_speed, key=lambda entry: entry[:4]):
+        parts = memory_parts(other)
+        if sum(parts.values()) <= MARGIN * gpu_bytes:
+            return dataclasses.replace(plan, setup=other, parts=parts, peaks=activation_peaks(other))
+    return None
+
+
+def use(plan: Plan, arguments: TrainingArguments) -> None:
+    """Let a training have the plan's split of a step and its activation checkpointing."""
+    setup = plan.setup
+    arguments.per_device_train_batch_size = setup.batch
+    arguments.gradient_accumulation_steps = setup.accumulation
+    arguments.activation_checkpointing = setup.checkpointing > 0
+    options: dict[str, Any] = dict(cast("dict[str, Any] | None", arguments.activation_checkpointing_kwargs) or {})
+    options.pop("every_n_layers", None)
+    if setup.checkpointing > 1:
+        options["every_n_layers"] = setup.checkpointing
+    arguments.activation_checkpointing_kwargs = options or None
+    if arguments.deepspeed_plugin is not None:  # which has taken them over already
+        arguments.deepspeed_plugin.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": setup.batch,
+            "gradient_accumulation_steps": setup.accumulation,
+        }
 
 
 def check_fits(plan: Plan, gpu_bytes: int) -> None:
@@ -310,7 +373,8 @@ def _read_lengths(config: Config, image_tokens: int) -> tuple[int, list[int] | N
 def run_plan(argv: list[str], gpus: int, gpu_memory: float, zero: int | None, *, as_json: bool) -> int:
     """Print the plan of a training command line; returns 0, whether it fits or not.
 
-    As JSON: the keys of `Plan.to_dict`, `gpu_bytes`, `fits`, and `hints`: what makes the run smaller if it does not.
+    As JSON: the keys of `Plan.to_dict`, `gpu_bytes`, `fits`, `hints`: what makes the run smaller if it does not, and
+    `fastest`: the same keys of the fastest setting that fits, with its flags as `setting`; null if none does.
 
     Args:
         argv: `--config FILE.yaml` and any flag of training.
@@ -332,23 +396,28 @@ def run_plan(argv: list[str], gpus: int, gpu_memory: float, zero: int | None, *,
     samples, lengths = _read_lengths(config, Architecture.from_config(checkpoint_config).image_tokens)
     plan = make_plan(config, checkpoint_config, gpus, stage, samples, lengths)
     gpu_bytes = int(gpu_memory * GB)
+    best = fastest(plan, gpu_bytes)
+    if config.training.plan == "auto":
+        plan = best or plan
     if as_json:
         fits = plan.fits(gpu_bytes)
         found = {**plan.to_dict(), "gpu_bytes": gpu_bytes, "fits": fits, "hints": [] if fits else SMALLER}
+        found["fastest"] = None if best is None else {**best.to_dict(), "setting": best.setting()}
         print(json.dumps(found, indent=2))
     else:
-        print(format_plan(plan, gpu_bytes))
+        print(format_plan(plan, best, gpu_bytes))
     return 0
 
 
-def format_plan(plan: Plan, gpu_bytes: int) -> str:
-    """The plan as a table, the verdict and, where it does not fit, what makes a run smaller."""
+def format_plan(plan: Plan, best: Plan | None, gpu_bytes: int) -> str:
+    """The plan as a table, the verdict, the fastest setting that fits and what makes a run smaller that does not."""
     setup = plan.setup
+    checkpointing = {0: "off", 1: "on"}.get(setup.checkpointing, f"every {setup.checkpointing} layers")
     engine = "no DeepSpeed" if setup.zero is None else f"ZeRO-{setup.zero.stage}"
     lines = [
         f"{setup.gpus} GPU(s), {engine}, {setup.batch} x {setup.length} tokens per GPU, "
         f"{setup.accumulation} accumulation step(s), {setup.bits}-bit base, rank {setup.lora_r}, "
-        f"activation checkpointing {'on' if setup.checkpointing else 'off'}",
+        f"activation checkpointing {checkpointing}",
         "",
         f"{'per GPU':<34}{'GiB':>8}",
     ]
@@ -366,6 +435,13 @@ def format_plan(plan: Plan, gpu_bytes: int) -> str:
         "",
         f"{verdict}: needs about {_gib(plan.total)} of {gpu_bytes / GB:g} GB = {_gib(gpu_bytes)} (GB = 10^9 bytes)",
     ]
+    if best is not None and best.setup != setup:
+        lines += [
+            f"fastest setting that fits (--plan auto): {best.setting()}",
+            f"  {best.flops / plan.flops:.2f} of the FLOPs, {_gib(best.total)}",
+        ]
+    elif best is not None:
+        lines += ["this is the fastest setting that fits"]
     if not plan.fits(gpu_bytes):
         lines += ["what makes a run smaller, the least harmful first:", *(f"  {change}" for change in SMALLER)]
     return "\n".join(lines)

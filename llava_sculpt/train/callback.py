@@ -71,7 +71,9 @@ class SculptCallback(TrainerCallback):
 
     def _hold(self, key: str, mask: torch.Tensor) -> None:
         self.masks[key] = mask
-        self.parameters[key].register_hook(lambda gradient: gradient.masked_fill(~mask, 0))
+        # One launch, and no zero that is sent to the device each time (for which the host would wait).
+        zero = torch.zeros((), dtype=self.parameters[key].dtype, device=mask.device)
+        self.parameters[key].register_hook(lambda gradient: torch.where(mask, gradient, zero))
 
     def save(self, folder: Path) -> None:
         """Write the masks made so far (bool tensors under the adapter's own keys); nothing before the mask step."""

@@ -43,6 +43,7 @@ class LossTerm(_Base):
     regularizer: Regularizer | None = None
     _with_term = False
     _task_loss: torch.Tensor | float = 0.0
+    _step_loss: torch.Tensor | float = 0.0
     _task_steps = 0
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -52,24 +53,30 @@ class LossTerm(_Base):
         if self._with_term and self.regularizer is not None:
             loss = loss + self.regularizer.value()
         if self.accelerator.sync_gradients:  # the task's loss is a sum over the micro-steps before
-            self._stop_unless_finite("loss", self._task_loss + loss)
+            self._step_loss = self._task_loss + loss
+            if not hasattr(super(), "_get_grad_norm"):  # before transformers 5
+                self._stop_unless_finite({"loss": self._step_loss})
         return loss
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's, before the optimizer's step (under DeepSpeed behind it). Transformers 5 calls it."""
         norm = super()._get_grad_norm(*args, **kwargs)
         # The scaled gradients of fp16 may overflow: that step is skipped, and the scale lowered.
-        if norm is not None and not self.args.fp16:
-            self._stop_unless_finite("gradient norm", norm)
+        checked = norm is not None and not self.args.fp16
+        self._stop_unless_finite({"loss": self._step_loss} | ({"gradient norm": norm} if checked else {}))
         return norm
 
-    def _stop_unless_finite(self, what: str, value: torch.Tensor | float) -> None:
-        """Called once per optimizer step, before anything of it is saved. Collective: all processes stop together."""
-        value = torch.as_tensor(value, device=self.args.device)
-        bad = (~torch.isfinite(value)).float()
+    def _stop_unless_finite(self, values: dict[str, torch.Tensor | float]) -> None:
+        """Called once per optimizer step, before anything of it is saved. Collective: all processes stop together.
+
+        It is the one place where the host waits for the device in a step that is not logged.
+        """
+        found = torch.stack([torch.as_tensor(v, device=self.args.device).float() for v in values.values()])
+        bad = (~torch.isfinite(found)).float()
         if dist.is_initialized():
             dist.all_reduce(bad)
-        if not bad.any():
+        what = next((name for name, wrong in zip(values, bad.tolist(), strict=True) if wrong), None)
+        if what is None:
             return
         last = get_last_checkpoint(self.args.output_dir)
         precision = "fp16 that overflows (try bf16), " if self.args.fp16 else ""

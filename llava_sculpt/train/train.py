@@ -40,7 +40,7 @@ from llava_sculpt.data.dataset import LlavaDataset, validate_dataset
 from llava_sculpt.data.images import ImagePreprocessor
 from llava_sculpt.data.tokenizer import LlavaTokenizer
 from llava_sculpt.errors import UserError
-from llava_sculpt.memory.plan import check_fits, make_plan
+from llava_sculpt.memory.plan import check_fits, fastest, make_plan, use
 from llava_sculpt.model.checkpoint import BaseCheckpoint
 from llava_sculpt.model.files import ADAPTER_FILE, MASKS_FILE, read_tensors
 from llava_sculpt.model.load import check_bits, load_base
@@ -54,7 +54,7 @@ from llava_sculpt.train.console import closing_block, say
 from llava_sculpt.train.forgetting import ForgettingProbe, probe_pictures
 from llava_sculpt.train.run_folder import Checkpoint, OpenRun, open_run, saving
 from llava_sculpt.train.trainer import LLaVASculptTrainer, LLaVATrainer
-from llava_sculpt.train.zero import engine_of_checkpoint, leave_together
+from llava_sculpt.train.zero import engine_of_checkpoint, everyones, leave_together
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -211,15 +211,27 @@ def _check_against_data(config: Config, checkpoint: BaseCheckpoint, dataset: Lla
 
 
 def _check_memory(config: Config, checkpoint: BaseCheckpoint, dataset: LlavaDataset) -> None:
-    memory = gpu_memory()
-    if memory is None or config.training.ignore_plan:
+    """Refuse a run that does not fit the GPU; with `--plan auto` let it first have the fastest setting that does."""
+    memory, auto = gpu_memory(), config.training.plan == "auto"
+    first = config.training.process_index == 0
+    if memory is None:
+        if auto and first:
+            say("plan: no GPU here: a step is computed as given")
+        return
+    if config.training.ignore_plan and not auto:
         return
     plugin = config.training.deepspeed_plugin
     stage = None if plugin is None else plugin.zero_stage
     plan = make_plan(
         config, checkpoint.config, config.training.world_size, stage, len(dataset), dataset.modality_lengths
     )
-    check_fits(plan, memory)
+    if auto and (best := fastest(plan, min(everyones(memory)))) is not None:  # the same one in every process
+        use(best, config.training)
+        if first:
+            say(f"plan: fastest setting that fits: {best.setting()}")
+        return
+    if not config.training.ignore_plan:
+        check_fits(plan, memory)
 
 
 def gpu_memory() -> int | None:

@@ -47,6 +47,7 @@ class LLaVATrainer(LossTerm, Trainer):
 
     model: PeftModel
     resuming: Checkpoint | None = None
+    _tokens: torch.Tensor | int = 0
 
     def __init__(
         self, model: PeftModel, config: Config, train_dataset: Any, data_collator: Any, eval_dataset: Any = None
@@ -103,8 +104,23 @@ class LLaVATrainer(LossTerm, Trainer):
         self.optimizer = optimizer_class([groups[key] for key in sorted(groups, reverse=True)], **options)
         return self.optimizer
 
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """Note this process's tokens (the Trainer would gather all processes' in every micro-step, and wait)."""
+        counted = self.args.include_num_input_tokens_seen
+        if counted != "no":
+            padded = counted == "all"
+            self._tokens += inputs["input_ids"].numel() if padded else inputs["attention_mask"].sum()
+
+    def _add_up_tokens(self) -> None:
+        """Before the state's number of tokens is read. Collective."""
+        if self.args.include_num_input_tokens_seen != "no":
+            own = torch.as_tensor(self._tokens, device=self.args.device, dtype=torch.int64)
+            self.state.num_input_tokens_seen += int(self.accelerator.gather(own).sum())
+            self._tokens = 0
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the learning rate of each group to what is logged."""
+        self._add_up_tokens()
         if "loss" in logs:
             logs.update({f"lr_{name}": lr for name, lr in self._lrs.items()})
         super().log(logs, *args, **kwargs)
@@ -143,6 +159,7 @@ class LLaVATrainer(LossTerm, Trainer):
         Raises:
             UserError: it could not be written (disk full, no permission); earlier checkpoints are untouched.
         """
+        self._add_up_tokens()
         self._aside = True
         try:
             with saving(self._folder(), f"the checkpoint of step {self.state.global_step}"):

@@ -36,6 +36,18 @@ def test_a_mixed_batch() -> None:
     assert {value.dtype for key, value in batch.items() if key != "pixel_values"} == {torch.int64}
 
 
+def test_logits_are_asked_for_where_a_next_token_is_trained_on() -> None:
+    several = {**TEXT, "labels": torch.tensor([-100, 8, -100, 2])}
+    batch = collate([PICTURE, several])
+    assert batch["logits_to_keep"].tolist() == [[5, 6], [0, 2]] and batch["shift_labels"].tolist() == [[7, 2], [8, 2]]
+    fewer = {**TEXT, "labels": torch.tensor([-100, -100, -100, 2])}
+    batch = collate([PICTURE, fewer])
+    assert batch["logits_to_keep"][1, 0] == 2 and batch["shift_labels"][1].tolist() == [2, IGNORE_INDEX]
+    nothing = {**TEXT, "labels": torch.full((4,), IGNORE_INDEX)}  # as after a cut
+    batch = collate([nothing])
+    assert batch["shift_labels"].tolist() == [[IGNORE_INDEX]] * 2 and batch["logits_to_keep"].shape == (2, 1)
+
+
 def test_without_images_an_empty_one_is_added_that_teaches_nothing() -> None:
     batch = collate([TEXT, TEXT])
     assert batch["input_ids"].tolist() == [[1, 8, 9, 2], [1, 8, 9, 2], [IMAGE, IMAGE, IMAGE, PAD]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import weakref
@@ -27,6 +28,8 @@ from transformers.models.llama import modeling_llama
 from llava_sculpt.cli import main
 from llava_sculpt.config import SculptConfig
 from llava_sculpt.config_reader import parse_config, with_defaults
+from llava_sculpt.data.collator import supervised_positions
+from llava_sculpt.data.conversation import IGNORE_INDEX
 from llava_sculpt.errors import UserError
 from llava_sculpt.memory.parts import (
     Architecture,
@@ -35,13 +38,14 @@ from llava_sculpt.memory.parts import (
     activation_peaks,
     base_weights,
     gradients,
+    loss_saved,
     optimizer_states,
     regularizer,
     saved_activations,
     step_flops,
     trained_weights,
 )
-from llava_sculpt.memory.plan import check_fits, make_plan, read_checkpoint_config
+from llava_sculpt.memory.plan import check_fits, fastest, make_plan, read_checkpoint_config
 from llava_sculpt.model.checkpoint import BaseCheckpoint
 from llava_sculpt.model.load import load_base
 from llava_sculpt.model.lora import CONNECTOR_TARGETS, inject_lora, lora_pairs
@@ -134,7 +138,7 @@ def large_config(layers: int, vocabulary: int = 32064) -> LlavaConfig:
     return LlavaConfig.from_dict({**found, "text_config": text, "image_token_index": vocabulary - 64})
 
 
-def build(config: LlavaConfig, setup: Setup, dtype: torch.dtype = torch.float32) -> nn.Module:
+def build(config: LlavaConfig, setup: Setup, dtype: torch.dtype = torch.float32) -> Any:
     torch.set_default_dtype(dtype)
     model = LlavaForConditionalGeneration(config).requires_grad_(False)
     torch.set_default_dtype(torch.float32)
@@ -147,7 +151,7 @@ def build(config: LlavaConfig, setup: Setup, dtype: torch.dtype = torch.float32)
     )
     model.config.use_cache = model.config.text_config.use_cache = False  # as the Trainer sets it
     if setup.checkpointing:
-        peft_model.activation_checkpointing_enable()
+        peft_model.activation_checkpointing_enable(every_n_layers=setup.checkpointing)
         peft_model.disable_input_require_grads()  # as our Trainer does
     return peft_model.train()
 
@@ -160,7 +164,18 @@ def batch_of(config: LlavaConfig, setup: Setup) -> dict[str, torch.Tensor]:
     attended = torch.ones_like(ids)
     attended[1:, -8:] = 0
     pixels = torch.randn(setup.batch, 3, side, side)
-    return {"input_ids": ids, "attention_mask": attended, "labels": ids.clone(), "pixel_values": pixels}
+    with torch.device("cpu"):  # where the collator makes them
+        labels = torch.ones(setup.batch, setup.length, dtype=torch.int64)
+        labels[:, 4 : 4 + setup.unlabelled] = IGNORE_INDEX
+        positions, shifted = (t.to(ids.device) for t in supervised_positions(labels))
+    return {
+        "input_ids": ids,
+        "attention_mask": attended,
+        "labels": ids.clone(),
+        "logits_to_keep": positions,
+        "shift_labels": shifted,
+        "pixel_values": pixels,
+    }
 
 
 def measure_step(model: nn.Module, batch: dict[str, torch.Tensor], setup: Setup, autocast: bool) -> tuple[int, int]:
@@ -175,8 +190,7 @@ def measure_step(model: nn.Module, batch: dict[str, torch.Tensor], setup: Setup,
         del output
         saved = counted.live
         loss.backward()
-    sizes = setup.architecture
-    return saved - 4 * setup.tokens * (sizes.vocabulary + sizes.hidden), counted.peak
+    return saved - loss_saved(setup), counted.peak
 
 
 def agrees(predicted: float, measured: float) -> bool:
@@ -185,13 +199,18 @@ def agrees(predicted: float, measured: float) -> bool:
 
 
 @pytest.mark.parametrize("vocabulary", [8000, 300])  # the worst moment is the loss, or a layer's backward
-@pytest.mark.parametrize(("batch", "length"), [(1, 96), (1, 256), (3, 96)])
-@pytest.mark.parametrize("checkpointing", [True, False])
-def test_activations_of_a_real_step(checkpointing: bool, batch: int, length: int, vocabulary: int) -> None:
+@pytest.mark.parametrize(("batch", "length", "unlabelled"), [(1, 96, 0), (1, 256, 64), (3, 96, 64)])
+@pytest.mark.parametrize("checkpointing", [0, 1, 2, 3, 4])  # every n-th of 3 + 4 layers
+def test_activations_of_a_real_step(
+    checkpointing: int, batch: int, length: int, unlabelled: int, vocabulary: int
+) -> None:
     config = small_config(vocabulary)
-    setup = setup_of(config, batch=batch, length=length, checkpointing=checkpointing)
+    setup = setup_of(config, batch=batch, length=length, checkpointing=checkpointing, unlabelled=unlabelled)
     torch.manual_seed(0)
-    saved, peak = measure_step(build(config, setup), batch_of(config, setup), setup, autocast=False)
+    model = build(config, setup)
+    layers = model.get_base_model().model.language_model.layers
+    assert [layer.gradient_checkpointing for layer in layers] == setup.checkpointed
+    saved, peak = measure_step(model, batch_of(config, setup), setup, autocast=False)
     assert agrees(saved_activations(setup), saved)
     assert agrees(max(activation_peaks(setup).values()), peak)
 
@@ -241,15 +260,16 @@ def cuda_kernels_on_meta() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("checkpointing", "batch", "length", "dropout", "connector", "vocabulary"),
     [
-        (True, 4, 2048, 0.05, "full", 32064),
-        (True, 4, 2048, 0.05, "full", 2000),  # the worst moment is a layer's backward
-        (True, 4, 2048, 0.0, "full", 2000),
-        (False, 4, 2048, 0.05, "full", 32064),
-        (False, 1, 800, 0.0, "frozen", 2000),
+        (1, 4, 2048, 0.05, "full", 32064),
+        (2, 2, 1024, 0.05, "full", 32064),  # one of the two layers
+        (1, 4, 2048, 0.05, "full", 2000),  # the worst moment is a layer's backward
+        (1, 4, 2048, 0.0, "full", 2000),
+        (0, 4, 2048, 0.05, "full", 32064),
+        (0, 1, 800, 0.0, "frozen", 2000),
     ],
 )
 def test_activations_and_flops_of_7b_in_bf16(
-    checkpointing: bool, batch: int, length: int, dropout: float, connector: str, vocabulary: int
+    checkpointing: int, batch: int, length: int, dropout: float, connector: str, vocabulary: int
 ) -> None:
     """Two of the 32 layers, traced with the shapes, dtypes and operations of a GPU under DeepSpeed."""
     config = large_config(layers=2, vocabulary=vocabulary)
@@ -263,6 +283,7 @@ def test_activations_and_flops_of_7b_in_bf16(
         lora_dropout=dropout,
         connector=connector,
         regularized=False,
+        unlabelled=576,
     )
     with cuda_kernels_on_meta():
         model = build(config, setup, torch.bfloat16).to(torch.bfloat16)  # as the engine casts it
@@ -424,6 +445,27 @@ def test_what_does_not_fit_is_refused_with_what_makes_it_smaller(capsys: pytest.
         assert bool(found["hints"]) == (not found["fits"])
         sizes.append(found["total"])
     assert sizes[0] == sizes[1] > max(sizes[2:])
+
+
+def test_the_fastest_setting_that_fits() -> None:
+    """From 24 to 80 GB: fewer layers are computed again, never another global batch."""
+    plans = {gb: fastest(paper_plan(), gb * 10**9) for gb in (20, 24, 32, 48, 80)}
+    flops = []
+    for gb, found in plans.items():
+        assert found is not None and found.total <= 0.9 * gb * 10**9
+        assert found.setup.batch * found.setup.accumulation == 4 and found.steps == paper_plan().steps
+        flops.append(found.flops)
+    assert flops == sorted(flops, reverse=True) and flops[-1] < 0.75 * paper_plan().flops
+    large = plans[80]
+    assert large is not None and (large.setup.checkpointing, large.setup.batch) == (0, 2)
+    assert fastest(paper_plan(), 8 * 10**9) is None
+    # What it names is what is then planned.
+    for found in plans.values():
+        assert found is not None and paper_plan(*shlex.split(found.setting())) == found
+    # ZeRO-3 gathers the weights in every micro-step: as few of them as fit.
+    thin = paper_plan("--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "4", zero=3)
+    best = fastest(thin, 24 * 10**9)
+    assert best is not None and best.setup.batch == 4
 
 
 def test_every_option_moves_the_part_it_should() -> None:
