@@ -4,3 +4,7 @@
 (numbers, texts, or `spread`). A row with the same table and case as one before replaces it. `NotRun` says why nothing
 can be measured here.
 """
+
+
+class NotRun(Exception):
+    """Why a part cannot run on this machine."""

@@ -112,7 +112,7 @@ def call(pairs: list[LoraPair], way: Callable[[], Tensor]) -> Callable[[], None]
     return run
 
 
-def launches(run: Callable[[], None], device: torch.device) -> int:
+def launches(run: Callable[[], None], device: torch.device) -> int | None:
     """Kernels that one call starts on a GPU; operators that it dispatches on a CPU."""
     if device.type == "cuda":
         from torch.autograd import DeviceType
@@ -121,7 +121,7 @@ def launches(run: Callable[[], None], device: torch.device) -> int:
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
             run()
             torch.cuda.synchronize()
-        return sum(event.device_type == DeviceType.CUDA for event in found.events())
+        return sum(event.device_type == DeviceType.CUDA for event in found.events()) or None  # none: nothing was seen
 
     class Count(TorchDispatchMode):
         seen = 0

@@ -7,20 +7,20 @@ Without GPUs two processes and gloo, plain DDP.
 
 from __future__ import annotations
 
-import multiprocessing
-import multiprocessing.connection
 import os
 import shutil
 import socket
 from collections.abc import Iterator
 from importlib.util import find_spec
+from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 
-from gpu_parts.world import GIB, ROOT, TINY, NotRun, StepClock, World, spread
+from gpu_parts import NotRun
+from gpu_parts.world import GIB, ROOT, TINY, StepClock, World, spread
 from llava_sculpt.config_reader import parse_config
 from llava_sculpt.errors import first_line
 from llava_sculpt.model.checkpoint import find_base_checkpoint
@@ -68,7 +68,7 @@ def equality(world: World, count: int, engines: dict[str, str]) -> Iterator[dict
     def run(name: str, processes: int, deepspeed: str) -> Path:
         output, batch = folder / name, str(2 * count // processes)
         own = {"output_dir": str(output), "per_device_train_batch_size": batch, "deepspeed": deepspeed}
-        train_together(processes, world.flags("sculpt", **flags, **own), bool(deepspeed))
+        train_together(world, processes, world.flags("sculpt", **flags, **own), bool(deepspeed))
         return output
 
     one = run("one", 1, "")
@@ -94,7 +94,7 @@ def full_size(world: World, count: int, engines: dict[str, str]) -> Iterator[dic
     table = f"{'All' if layers is None else layers} layers of the 7B, 1 and {count} GPUs"
     try:
         # In a process of its own, whose memory on the card ends with it.
-        writer = multiprocessing.Process(target=write_checkpoint, args=(world, folder, layers))
+        writer = world.processes.Process(target=write_checkpoint, args=(world, folder, layers))
         writer.start()
         writer.join()
         if writer.exitcode:
@@ -108,7 +108,7 @@ def full_size(world: World, count: int, engines: dict[str, str]) -> Iterator[dic
             shutil.rmtree(world.folder / "run", ignore_errors=True)
             flags = world.flags(method, model_name_or_path=str(folder), deepspeed=engines[engine])
             try:
-                found = train_together(processes, flags, engine != "DDP")
+                found = train_together(world, processes, flags, engine != "DDP")
             except RuntimeError as error:
                 yield row | {"error": str(error)}
                 continue
@@ -133,7 +133,7 @@ def write_checkpoint(world: World, folder: Path, layers: int | None) -> None:
         shutil.copy(world.checkpoint.path / name, folder)
 
 
-def train_together(processes: int, flags: list[str], deepspeed: bool) -> dict[str, Any]:
+def train_together(world: World, processes: int, flags: list[str], deepspeed: bool) -> dict[str, Any]:
     """Train as a launcher's processes do; what the first measured.
 
     Raises:
@@ -142,9 +142,9 @@ def train_together(processes: int, flags: list[str], deepspeed: bool) -> dict[st
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    receive, send = multiprocessing.Pipe(duplex=False)
+    receive, send = world.processes.Pipe(duplex=False)
     ranks = [
-        multiprocessing.Process(target=one_rank, args=(rank, processes, port, flags, deepspeed, send))
+        world.processes.Process(target=one_rank, args=(rank, processes, port, flags, deepspeed, send))
         for rank in range(processes)
     ]
     for process in ranks:
@@ -152,7 +152,7 @@ def train_together(processes: int, flags: list[str], deepspeed: bool) -> dict[st
     send.close()
     running = {process.sentinel: process for process in ranks}
     while running:
-        for sentinel in multiprocessing.connection.wait(list(running)):
+        for sentinel in wait_for(list(running)):
             running.pop(sentinel).join()
         if any(process.exitcode for process in ranks):  # the others would wait for it
             for process in running.values():

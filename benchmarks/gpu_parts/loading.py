@@ -7,7 +7,6 @@ moves it to the card. Private: memory that no other process shares (PSS), beyond
 
 from __future__ import annotations
 
-import multiprocessing
 import shutil
 import time
 from collections.abc import Iterator
@@ -36,7 +35,7 @@ def cases(world: World) -> Iterator[dict[str, Any]]:
         if world.device.type == "cuda":
             torch.cuda.empty_cache()
         for case, ours in (("ours", True), ("through host memory", False)):
-            found = side_by_side(folder, ours)
+            found = side_by_side(world.processes, folder, ours)
             yield {
                 "table": TABLE,
                 "case": f"{case}, {RANKS} processes, {size / GIB:.1f} GiB each",
@@ -50,12 +49,12 @@ def cases(world: World) -> Iterator[dict[str, Any]]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def side_by_side(folder: Path, ours: bool) -> list[tuple[float, int, int]]:
+def side_by_side(context: Any, folder: Path, ours: bool) -> list[tuple[float, int, int]]:
     """Seconds, PSS and peak RSS of each process while all hold the model."""
-    barrier, ends, processes = multiprocessing.Barrier(RANKS), [], []
+    barrier, ends, processes = context.Barrier(RANKS), [], []
     for _ in range(RANKS):
-        receive, send = multiprocessing.Pipe(duplex=False)
-        processes.append(multiprocessing.Process(target=load, args=(folder, ours, barrier, send)))
+        receive, send = context.Pipe(duplex=False)
+        processes.append(context.Process(target=load, args=(folder, ours, barrier, send)))
         processes[-1].start()
         send.close()
         ends.append(receive)

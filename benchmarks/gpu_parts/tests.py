@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
-from gpu_parts.world import ROOT, NotRun, World
+from gpu_parts import NotRun
+from gpu_parts.world import ROOT, World
 
 TRAINING, RESUME = "tests/train/test_training.py", "tests/train/test_resume.py"
 TESTS = [

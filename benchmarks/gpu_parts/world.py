@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import multiprocessing
 import shutil
 import statistics
 import time
@@ -32,10 +33,6 @@ TINY = ROOT / "data" / "tiny_llava"
 GIB = 2**30
 
 
-class NotRun(Exception):
-    """Why a part cannot run on this machine."""
-
-
 @dataclass(frozen=True)
 class World:
     """Where a part runs: the 7B on a card, or everything tiny on the CPU.
@@ -50,6 +47,11 @@ class World:
     @property
     def device(self) -> torch.device:
         return torch.device("cpu" if self.tiny else "cuda")
+
+    @property
+    def processes(self) -> Any:
+        """Starts other processes (a context of multiprocessing): CUDA wants fresh ones."""
+        return multiprocessing.get_context("fork" if self.tiny else "spawn")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -76,7 +78,7 @@ class World:
     @property
     def pictures(self) -> list[str]:
         """Names of random images in the folder."""
-        return [f"{number}.png" for number in range(8 if self.tiny else 64)]
+        return [f"{number}.png" for number in range(8 if self.tiny else 96)]
 
     @cached_property
     def images(self) -> Path:
@@ -201,6 +203,7 @@ def forget(device: torch.device) -> None:
     """Free what nothing refers to any more, and start the count of peak memory anew."""
     gc.collect()
     if device.type == "cuda":
+        torch.cuda.init()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
