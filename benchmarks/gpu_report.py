@@ -52,6 +52,7 @@ LIMITS = {
 }
 ENGINES = "engines"  # only where there are several GPUs
 SEVERAL_GPUS = {ENGINES: 300}
+PATIENCE = 10  # times all of these in a dry run, whose CPU may have other work
 
 
 class Part(TypedDict):
@@ -101,9 +102,11 @@ def main(argv: list[str] | None = None) -> int:
 def run(arguments: argparse.Namespace, limits: dict[str, int]) -> int:
     started = time.monotonic()
     cards = [] if arguments.tiny else find_cards()
-    seconds = 60 * (arguments.minutes or MINUTES)
-    if not arguments.minutes and len(cards) != 1:
-        seconds += SEVERAL_GPUS[ENGINES]
+    seconds = 60 * MINUTES + (SEVERAL_GPUS[ENGINES] if len(cards) != 1 else 0)
+    if arguments.tiny:
+        limits, seconds = {name: PATIENCE * limit for name, limit in limits.items()}, PATIENCE * seconds
+    if arguments.minutes:
+        seconds = 60 * arguments.minutes
     arguments.out.mkdir(parents=True, exist_ok=True)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     date = time.strftime("%Y-%m-%d")
