@@ -147,7 +147,7 @@ def run_part(name: str, arguments: argparse.Namespace, limit: float, commit: str
     context: Any = multiprocessing.get_context("fork" if arguments.tiny else "spawn")
     if arguments.tiny:
         import_module(f"gpu_parts.{name}")
-    process = context.Process(target=in_process, args=(name, arguments.folder, arguments.tiny, found, log))
+    process = context.Process(target=in_process, args=(name, arguments.folder, arguments.tiny, limit, found, log))
     process.start()
     try:
         while process.is_alive() and not found.exists() and time.monotonic() < started + START:
@@ -183,7 +183,7 @@ def lines_of(file: Path) -> list[str]:
     return text[: text.rfind("\n") + 1].splitlines()
 
 
-def in_process(name: str, folder: Path, tiny: bool, found: Path, log: Path) -> None:
+def in_process(name: str, folder: Path, tiny: bool, limit: float, found: Path, log: Path) -> None:
     """What the process of a part does: its rows go to `found`, line by line, all that is printed to `log`."""
     os.setpgid(0, 0)
     with log.open("w") as output:
@@ -205,7 +205,7 @@ def in_process(name: str, folder: Path, tiny: bool, found: Path, log: Path) -> N
 
         cases = import_module(f"gpu_parts.{name}").cases
         found.touch()  # from now on time counts
-        for row in cases(World(folder.resolve(), tiny)):
+        for row in cases(World(folder.resolve(), tiny, limit)):
             say(row)
         say({"status": "done", "reason": ""})
     except NotRun as reason:

@@ -51,6 +51,7 @@ def test_every_part_and_a_second_call_that_does_what_is_missing(tmp_path: Path) 
     assert code == 1, output
     states = {name: (part["status"], part["reason"]) for name, part in parts.items() if part["status"] != "done"}
     assert list(states) == ["loading"] and states["loading"][0] == "failed", states
+    assert "FileExistsError" in states["loading"][1]
     assert "**Failed: loading.**" in table and states["loading"][1] in table
     assert list(parts)[:2] == ["card", "correctness"]
     for name, part in parts.items():

@@ -26,6 +26,8 @@ TABLE, RANKS = "Loading", 2
 
 def cases(world: World) -> Iterator[dict[str, Any]]:
     folder = world.folder / "fp16"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
     try:
         base = world.checkpoint.path
         world.random_model(None if world.tiny else 8, torch.float16).save_pretrained(folder, max_shard_size="2GB")

@@ -39,10 +39,12 @@ class World:
 
     Attributes:
         folder: for data and checkpoints; kept between parts.
+        limit: seconds after which the part is stopped.
     """
 
     folder: Path
     tiny: bool
+    limit: float
 
     @property
     def device(self) -> torch.device:
