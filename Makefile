@@ -14,7 +14,7 @@ QUICK := tests/test_rooms.py tests/data tests/methods tests/sculpt tests/tasks
 QUICK += --ignore=tests/methods/test_edits.py --ignore=tests/sculpt/test_fused.py
 QUICK += --ignore=tests/sculpt/test_partitioned.py --ignore=tests/tasks/test_documented_tree.py
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo check test test-slow test-all test-gpu attack parity lint bench tiny-model clean
+.PHONY: help setup setup-dev demo check test test-slow test-all test-gpu gpu-report attack parity lint bench tiny-model clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -54,6 +54,9 @@ test-all: setup-dev $(LLAVA)/.ready  ## every test in one go (about an hour on t
 
 test-gpu: setup-dev  ## the tests that a GPU is for, on one (every other test runs on the CPU)
 	$(BIN)/python -m pytest --gpu
+
+gpu-report: setup-dev  ## what only a GPU can tell, in 9 minutes on one card: benchmarks/gpu/CARD_DATE.json and .md
+	$(BIN)/python benchmarks/gpu_report.py
 
 attack: setup-dev  ## damaged inputs at random, kills, two commands at once: 300 s for each kind of input (an hour)
 	$(PYTEST) tests/attack --attack-seconds 300
