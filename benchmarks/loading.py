@@ -104,9 +104,9 @@ def memory(processes: list[BaseProcess]) -> dict[str, int]:
     return found
 
 
-def measure(folder: Path, case: str, dtype: torch.dtype, count: int) -> dict[str, Any]:
+def measure(folder: Path, case: str, dtype: torch.dtype, count: int, start: str = "spawn") -> dict[str, Any]:
     """Memory in copies of the weight files, seconds of the slowest process, bytes on the GPU."""
-    context = multiprocessing.get_context("spawn")
+    context: Any = multiprocessing.get_context(start)
     pipes = [context.Pipe() for _ in range(count)]
     processes: list[BaseProcess] = [
         context.Process(target=load_once, args=(number, folder, case, dtype, pipes[number][1]))
