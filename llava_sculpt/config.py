@@ -262,7 +262,8 @@ class TrainingArguments(HfTrainingArguments):
         super().__post_init__()
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         # From pinned memory a batch is sent while the step before it still runs.
-        self.accelerator_config.non_blocking = self.dataloader_pin_memory
+        accelerator: Any = self.accelerator_config  # an AcceleratorConfig by now
+        accelerator.non_blocking = self.dataloader_pin_memory
 
 
 @dataclass
