@@ -213,7 +213,8 @@ def fastest(plan: Plan, gpu_bytes: int) -> Plan | None:
     that are fastest on a GPU of so many bytes; None if nothing fits there.
 
     That is the one of least arithmetic, then the largest micro-batch, among those that need `MARGIN` of the memory at
-    most. Under ZeRO-3 the largest micro-batch comes first: every micro-step gathers all weights.
+    most, and the plan's own if it fits at all. Under ZeRO-3 the largest micro-batch comes first: every micro-step
+    gathers all weights.
     """
     setup = plan.setup
     own = setup.batch * setup.accumulation
@@ -224,7 +225,7 @@ def fastest(plan: Plan, gpu_bytes: int) -> Plan | None:
             by_speed.append((-batch * (setup.stage == 3), step_flops(other), -batch, checkpointing, other))
     for *_, other in sorted(by_speed, key=lambda entry: entry[:4]):
         parts = memory_parts(other)
-        if sum(parts.values()) <= MARGIN * gpu_bytes:
+        if sum(parts.values()) <= (1 if other == setup else MARGIN) * gpu_bytes:
             return dataclasses.replace(plan, setup=other, parts=parts, peaks=activation_peaks(other))
     return None
 
