@@ -71,7 +71,7 @@ def load_for_inference(
         base: base checkpoint to use instead of the one the adapter names.
         dtype: default `inference_dtype`.
         merge: in 16 bits add an adapter to the weights in memory, as `merge` does on disk: the same answers up to
-            rounding, and four kernels fewer a layer. In float32 it stays beside them, and answers as in training.
+            rounding, with fewer kernels. In float32 it stays beside them, and answers as in training.
         beside: a model loaded before; weights that are the same in both are in memory once.
 
     Raises:
