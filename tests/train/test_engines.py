@@ -210,10 +210,11 @@ def test_resumed_equals_uninterrupted(flags: dict[str, str], tmp_path: Path, sta
         assert same_files(folder, whole), f"resumed after step {step}"
         assert [r["loss"] for r in log_of(folder)] == [r["loss"] for r in log_of(whole)]
 
-    other_stage = zero("zero3" if stage == "zero2" else "zero2")
+    if stage == "zero3":  # one stage shows what is refused
+        return
     four = {"per_device_train_batch_size": "4"}
     for name, command, change, words in (
-        ("stage", DEEPSPEED, other_stage, f"written by DeepSpeed ZeRO-{stage[-1]} with 2 processes"),
+        ("stage", DEEPSPEED, zero("zero3"), "written by DeepSpeed ZeRO-2 with 2 processes"),
         ("processes", [*DEEPSPEED[:-1], "1"], four, "this launch is DeepSpeed"),
         ("plain", PYTHON, {**four, "deepspeed": ""}, "this launch is no DeepSpeed"),
     ):
