@@ -38,8 +38,6 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if twice := sorted(flag for flag in once if counts[flag] > 1):
             raise UserError(f"{flag}: given twice" for flag in twice)
-        if options.command in ("finetune", "experiment", "report") and not Path("configs").is_dir():
-            raise UserError("run this from the repository's folder (configs/ is not here)")
         return _COMMANDS[options.command][2](options)
     except UserError as error:
         for problem in error.problems:

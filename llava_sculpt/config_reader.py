@@ -28,7 +28,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from llava_sculpt.config import RANGES, Config, DataArguments, ModelArguments, SculptArguments, TrainingArguments
 from llava_sculpt.errors import UserError
-from llava_sculpt.names import LORASCULPT
+from llava_sculpt.names import LORASCULPT, shipped
 from llava_sculpt.ranges import FINITE, out_of_range
 from llava_sculpt.records import checked, parse_json, read_object
 from llava_sculpt.yaml_reader import read_yaml
@@ -284,7 +284,7 @@ def parse_config(argv: list[str], *, elsewhere: bool = False) -> Config:
     from_file: dict[str, Any] = {}
     if config_file is not None:
         try:
-            from_file = read_yaml(Path(config_file))
+            from_file = read_yaml(Path(shipped(config_file)))
         except UserError as error:
             problems += [f"--config {problem}" for problem in error.problems]
     values = _read(str(config_file), from_file, problems) | _read("command line", overrides, problems)
@@ -314,6 +314,8 @@ def parse_config(argv: list[str], *, elsewhere: bool = False) -> Config:
         training_values |= {"use_cpu": True, "tf32": None, "deepspeed": None}
     else:
         training_values |= _cpu_processes(bool(values.get("deepspeed")))
+        if isinstance(values.get("deepspeed"), str):
+            training_values["deepspeed"] = shipped(values["deepspeed"])
     try:
         training = TrainingArguments(**training_values)
         if not elsewhere:
@@ -386,7 +388,7 @@ def read_deepspeed(deepspeed: str | dict[str, Any]) -> DeepSpeedConfig:
     """
     source = f"deepspeed: {deepspeed}" if isinstance(deepspeed, str) else "deepspeed"
     try:
-        found = read_object(Path(deepspeed)) if isinstance(deepspeed, str) else deepspeed
+        found = read_object(Path(shipped(deepspeed))) if isinstance(deepspeed, str) else deepspeed
     except UserError as error:
         raise UserError(f"deepspeed: {problem}" for problem in error.problems) from error
     if own := [key for key in ("optimizer", "scheduler") if key in found]:

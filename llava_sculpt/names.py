@@ -1,10 +1,12 @@
 """The methods and the tasks, one row each: what the command line, training, grids, tables and figures call them.
 
-Adding a baseline or a data set begins with a row here (CONTRIBUTING.md). Imports nothing heavy.
+Adding a baseline or a data set begins with a row here (CONTRIBUTING.md). `shipped` finds what the package brings along.
+Imports nothing heavy.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -88,6 +90,8 @@ PAPER_TASKS = (*TARGETS, *SOURCES)
 METRICS = ("exact", "contains", "vqa", "choice", "cider")  # scorers that one's own task may have
 TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")  # of one's own: a folder, a file and a word of a command
 DATA = {"paper": Path("data"), "tiny": Path("data/tiny")}  # prepared data sets, each in a folder of its name
+# Links to configs/ and data/tiny_llava in a checkout, their files in an installed package.
+SHIPPED = Path(__file__).parent / "shipped"
 
 
 def task_label(name: str) -> str:
@@ -111,6 +115,18 @@ def recipe_of(task: str) -> str:
 
 
 def config_file(scale: str, task: str, method: str) -> Path:
-    """The training YAML of a method, from the repository's folder: LoRASculpt's own, plain LoRA's for every other."""
+    """The training YAML of a method, to be opened with `shipped`: LoRASculpt's own, plain LoRA's for every other."""
     method_file = "sculpt" if method == LORASCULPT else "lora"
     return Path("configs") / ("tiny" if scale == "tiny" else "") / f"{recipe_of(task)}_{method_file}.yaml"
+
+
+def shipped(path: str | Path) -> str:
+    """Where a file or folder is: the package's own, if it is in configs/ or data/tiny_llava and not here.
+
+    Names as in the repository are what is recorded and shown. They are opened through this, and so mean the same in any
+    working directory. Any other path stays as it is, there or not.
+    """
+    parts = Path(path).parts
+    ours = (parts[:1] == ("configs",) or parts[:2] == ("data", "tiny_llava")) and ".." not in parts
+    own = SHIPPED.joinpath(*parts)
+    return str(own) if ours and not os.path.exists(path) and own.exists() else str(path)

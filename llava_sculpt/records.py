@@ -166,16 +166,16 @@ def file_sha256(path: str | Path) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what results depend on (installed packages only), and this repository's git commit if it has one."""
+    """Versions of what results depend on (installed packages only), and the git commit of a checkout."""
     found = {"llava_sculpt": llava_sculpt.__version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
-    if commit.returncode == 0:
-        found["git_commit"] = commit.stdout.strip()
+    ask = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--show-prefix", "HEAD"]
+    done = subprocess.run(ask, capture_output=True, text=True, check=False)
+    prefix, _, commit = done.stdout.partition("\n")
+    if done.returncode == 0 and prefix == "llava_sculpt/":  # no other repository, such as one that has .venv in it
+        found["git_commit"] = commit.strip()
     return found

@@ -16,7 +16,7 @@ from llava_sculpt.artifacts.inspect import inspect_adapter
 from llava_sculpt.model.adapter import find_upwards
 from llava_sculpt.model.files import CONNECTOR_FILE, MASKS_FILE
 from llava_sculpt.model.whole import read_run
-from llava_sculpt.names import METHODS
+from llava_sculpt.names import METHODS, shipped
 from llava_sculpt.records import write_atomically
 
 CARD = "README.md"
@@ -152,7 +152,7 @@ def _metadata(folder: Path, base: str, results: Mapping[str, Any] | None) -> Mod
             )
             for task, title, metric, score in rows
         ]
-    here = os.path.isabs(base) or os.path.isdir(find_upwards(base, folder))  # the Hub knows ids, not folders
+    here = os.path.isabs(base) or os.path.isdir(shipped(find_upwards(base, folder)))  # the Hub knows ids, not folders
     fields: dict[str, Any] = {"license": "other", "license_name": "as-the-base-model"}
     if not here and "llava" in base and "1.5" in base:
         fields = {"license": "llama2"}

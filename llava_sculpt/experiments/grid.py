@@ -17,6 +17,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -34,6 +35,7 @@ from llava_sculpt.names import (
     config_file,
     is_target,
     recipe_of,
+    shipped,
 )
 from llava_sculpt.ranges import out_of_range
 from llava_sculpt.yaml_reader import read_yaml
@@ -171,8 +173,8 @@ def read_grid(name_or_file: str, scale: str, split: str | None = None, seeds: in
     if seeds > _MOST_RUNS:
         raise UserError(f"--seeds: at most {_MOST_RUNS:,}, got {seeds}")
     file = Path(name_or_file) if name_or_file.endswith(".yaml") else GRIDS / f"{name_or_file}.yaml"
-    if not file.is_file():
-        near = difflib.get_close_matches(file.stem, [known.stem for known in GRIDS.glob("*.yaml")], n=1)
+    if not os.path.isfile(shipped(file)):
+        near = difflib.get_close_matches(file.stem, [known.stem for known in Path(shipped(GRIDS)).glob("*.yaml")], n=1)
         raise UserError(f"{file}: no such grid" + (f"; did you mean {near[0]}?" if near else ""))
     content = read_mapping(file)
     problems = [f"{file}: unknown key {key}" for key in content if key not in ("title", "seed", "split", *SCALES)]
@@ -296,13 +298,14 @@ def method_values(scale: str, task: str) -> dict[str, dict[str, Any]]:
 
 
 def read_mapping(file: Path) -> dict[str, Any]:
-    """A YAML file with `key: value` at its top level.
+    """A YAML file with `key: value` at its top level, `shipped` or not.
 
     Raises:
         UserError: as `read_yaml`.
     """
     try:
-        return _parse(file, file.stat().st_mtime_ns)
+        place = Path(shipped(file))
+        return _parse(place, place.stat().st_mtime_ns)
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from error
 

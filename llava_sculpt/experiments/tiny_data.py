@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from llava_sculpt.errors import UserError
 from llava_sculpt.locks import folder_lock
 from llava_sculpt.model.adapter import base_of, find_upwards
 from llava_sculpt.model.files import ADAPTER_CONFIG
-from llava_sculpt.names import PAPER_TASKS, TASKS
+from llava_sculpt.names import DATA, PAPER_TASKS, SHIPPED, TASKS, shipped
 from llava_sculpt.records import read_checked, read_json, write_json
 from llava_sculpt.tasks import prepare_benchmark
 from llava_sculpt.tiny.world import write_raw_world
@@ -74,9 +75,9 @@ def find_data(model: str, base: str | None = None, *, generate: bool = True) -> 
     elif (folder / MERGE_FILE).is_file():
         name = find_upwards(read_checked(folder / MERGE_FILE, _Merged)["base"]["path"], folder)
     place = Path(name)
-    if not place.is_dir() or place.absolute().parts[-2:] != ("data", "tiny_llava"):
-        return Path("data")
-    root = place.parent / "tiny"
+    if not os.path.isdir(shipped(name)) or place.absolute().parts[-2:] != ("data", "tiny_llava"):
+        return DATA["paper"]
+    root = DATA["tiny"] if place.is_relative_to(SHIPPED) else place.parent / "tiny"  # never inside the package
     if generate:
         prepare_tiny_world(root)
     return root

@@ -24,7 +24,7 @@ from llava_sculpt.memory.parts import Architecture, Setup, Zero, activation_peak
 from llava_sculpt.model.base_config import check_llava_config
 from llava_sculpt.model.checkpoint import known_tower, read_config
 from llava_sculpt.model.layout import CLIP_L_336, hf_config, is_original
-from llava_sculpt.names import LORASCULPT, PENALTIES
+from llava_sculpt.names import LORASCULPT, PENALTIES, shipped
 from llava_sculpt.ranges import out_of_range
 
 MARGIN = 0.9  # of a GPU's memory, that `fastest` fills: the estimate may be that wrong
@@ -289,7 +289,7 @@ def zero_stage(deepspeed: str | dict[str, Any] | None) -> int | None:
 
 def _zero(deepspeed: str | dict[str, Any] | None, stage: int, hidden: int) -> Zero:
     """Bucket sizes of the configuration; another stage than it names, or none, gets this repository's."""
-    here = isinstance(deepspeed, dict) or (deepspeed is not None and Path(deepspeed).exists())
+    here = isinstance(deepspeed, dict) or (deepspeed is not None and Path(shipped(deepspeed)).exists())
     section: Any = read_deepspeed(deepspeed).get("zero_optimization", {}) if deepspeed and here else {}
     if section.get("stage") != stage:
         return Zero(stage, reduce_bucket=50_000_000, overlap=True)  # as in configs/zero*.json
@@ -319,7 +319,7 @@ def read_checkpoint_config(name_or_path: str) -> dict[str, Any]:
     Raises:
         UserError: none of these.
     """
-    folder = Path(name_or_path)
+    folder = Path(shipped(name_or_path))
     if not (folder / "config.json").is_file() and name_or_path.count("/") == 1:
         from huggingface_hub import try_to_load_from_cache
 

@@ -15,6 +15,7 @@ from llava_sculpt.model.base_config import check_llava_config, computation, read
 from llava_sculpt.model.expected import weight_problems
 from llava_sculpt.model.layout import CLIP_L_336, hf_config, is_original
 from llava_sculpt.model.shards import check_shards, files_fingerprint, weight_files, weights_fingerprint
+from llava_sculpt.names import shipped
 from llava_sculpt.records import file_sha256, read_object
 
 TOWER_FOLDER = "vision_tower"  # inside an original checkpoint that `convert --to original` wrote
@@ -160,7 +161,7 @@ def known_tower(original: Path, named: str) -> dict[str, Any]:
 
 
 def find_folder(name_or_path: str, fetch: list[str] | None = None) -> Path:
-    """A local folder as it is, or that of a Hub id in the local cache.
+    """A local folder, the package's own tiny checkpoint, or the folder of a Hub id in the local cache.
 
     Args:
         fetch: patterns of the files that are fetched from the Hub, if the cache lacks them; none: nothing is.
@@ -168,8 +169,8 @@ def find_folder(name_or_path: str, fetch: list[str] | None = None) -> Path:
     Raises:
         UserError: neither.
     """
-    if os.path.isdir(name_or_path):
-        return Path(name_or_path)
+    if os.path.isdir(place := shipped(name_or_path)):
+        return Path(place)
     if os.path.isabs(name_or_path) or name_or_path.startswith(".") or name_or_path.count("/") != 1:
         raise UserError(f"no such folder: {name_or_path}")
     from huggingface_hub import snapshot_download

@@ -105,15 +105,6 @@ def test_no_results(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert not (here / "out").exists()
 
 
-def test_outside_the_repository(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for command in (["report", "--out", "out"], ["experiment", "table1"]):
-        assert main([*command, "--scale", "tiny"]) == 2
-        assert "run this from the repository's folder" in capsys.readouterr().err
-
-
 def test_damaged_results_are_named(here: Path) -> None:
     write(all_runs(1)[:2])
     for name, text in (("a", "{"), ("b", "{}"), ("c", "[]")):
