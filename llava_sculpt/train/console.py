@@ -51,8 +51,8 @@ class TrainingBar(TrainerCallback):
         self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **_: Any
     ) -> None:
         if logs is not None and "loss" in logs:
-            told = {key: logs[key] for key in ("loss", "lr_lora", "train_tokens_per_second") if key in logs}
-            self._bars[0].facts = list(_facts(told).values())
+            shown = ("loss", "lr_lora", "train_tokens_per_second")
+            self._bars[0].facts = list(_facts({key: value for key, value in logs.items() if key in shown}).values())
 
     def on_prediction_step(
         self, args: Any, state: TrainerState, control: TrainerControl, eval_dataloader: Any = None, **kwargs: Any
@@ -62,7 +62,8 @@ class TrainingBar(TrainerCallback):
         self._bars[1].step()
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._bars.pop().__exit__()
+        while len(self._bars) > 1:
+            self._bars.pop().__exit__()
 
 
 class LogLines(TrainerCallback):
