@@ -199,9 +199,10 @@ def _eval(options: argparse.Namespace) -> int:
     from llava_sculpt.evaluation.own import prepare_own
     from llava_sculpt.evaluation.prepared import load_tasks, tasks_of
     from llava_sculpt.evaluation.run import choose_target, evaluate
-    from llava_sculpt.evaluation.table import format_details, format_table
+    from llava_sculpt.evaluation.table import format_details, format_table, table_cells
     from llava_sculpt.experiments.tiny_data import find_data
     from llava_sculpt.model.checkpoint import find_base_checkpoint
+    from llava_sculpt.progress import print_table
 
     numbers = {key: getattr(options, key) for key in ("gpus", "batch_size", "max_new_tokens")}
     problems = [f"--{key} must be at least 1, got {v}" for key, v in numbers.items() if v is not None and v < 1]
@@ -256,7 +257,8 @@ def _eval(options: argparse.Namespace) -> int:
         if processes.rank() != 0:
             return 0
     table, details = format_table([(options.model, results)]), format_details(results)
-    print(f"{table}\n\n{details}\n\nresults: {folder / 'results.json'}")
+    print_table(table_cells([(options.model, results)]), table)
+    print(f"\n{details}\n\nresults: {folder / 'results.json'}")
     if loaded.adapter is not None and options.split == "test" and results["source"] is not None:
         write_model_card(loaded.adapter, results, f"{table}\n\n{details}")
     if not options.calibrate:

@@ -15,7 +15,6 @@ from typing import Annotated, Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from llava_sculpt.artifacts.edit import Base, check_settings, write_record
 from llava_sculpt.artifacts.merge import WeightUpdate, open_adapter, rewrite_checkpoint
@@ -32,6 +31,7 @@ from llava_sculpt.model.layout import LANGUAGE
 from llava_sculpt.model.load import load_base, local_device
 from llava_sculpt.model.lora import lora_pairs
 from llava_sculpt.model.whole import read_run
+from llava_sculpt.progress import counted
 
 # Modules of a decoder layer that read one input: they share its Hessian.
 _INPUTS = (
@@ -159,7 +159,7 @@ def _tailored(
     decoder: Any = model.get_submodule(f"base_model.model.{LANGUAGE}layers")
     device = next(model.parameters()).device
     states, options = _first_inputs(model, decoder[0], samples, device)
-    for number, layer in enumerate(tqdm(decoder, desc="layers", leave=False, disable=None)):
+    for number, layer in enumerate(counted(decoder, "layers", len(decoder))):
         hessians = [InputHessian() for _ in _INPUTS]
         with ExitStack() as hooks:
             for hessian, modules in zip(hessians, _INPUTS, strict=True):

@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from PIL import Image
-from tqdm import tqdm
 
 from llava_sculpt.errors import UserError
+from llava_sculpt.progress import counted
 from llava_sculpt.records import check_regular, file_sha256
 
 # What data sets hold. Pillow knows more, and runs Ghostscript for PostScript, whatever the file is called.
@@ -75,7 +75,6 @@ def check_images(paths: Iterable[Path], threads: int | None = None) -> tuple[dic
     """
     unique = list(dict.fromkeys(paths))
     count = threads or min(16, 2 * (os.cpu_count() or 1))
-    hidden = None if len(unique) > _PROGRESS_FROM else True
 
     def look(path: Path) -> tuple[str | None, str]:
         problem = image_problem(path)
@@ -87,7 +86,8 @@ def check_images(paths: Iterable[Path], threads: int | None = None) -> tuple[dic
     with warnings.catch_warnings(), ThreadPoolExecutor(count) as pool:
         # Pillow warns of odd metadata and of large images; neither keeps an image from being used.
         warnings.simplefilter("ignore")
-        results = list(tqdm(pool.map(look, unique), "checking images", len(unique), disable=hidden, leave=False))
+        many = len(unique) > _PROGRESS_FROM
+        results = list(counted(pool.map(look, unique), "checking images", len(unique), shown=many))
     found = list(zip(unique, results, strict=True))
     problems = {path: problem for path, (problem, _) in found if problem}
     return problems, {path: digest for path, (_, digest) in found if path not in problems}

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from tqdm import tqdm
 from typing_extensions import TypedDict
 
 import llava_sculpt
@@ -35,6 +33,7 @@ from llava_sculpt.evaluation.results_file import (
 )
 from llava_sculpt.locks import folder_lock, remove_leftovers
 from llava_sculpt.names import SOURCES, is_target
+from llava_sculpt.progress import ProgressBar
 from llava_sculpt.records import versions, write_atomically, write_json
 from llava_sculpt.tasks.common import json_lines
 
@@ -123,8 +122,8 @@ def _evaluate(
             parts = loaded.model, loaded.tokenizer, loaded.preprocessor
             for answers in generate_answers(*parts, mine, task.image_folder, batch_size, max_new_tokens, exact):
                 journal.append({mine[place]["question_id"]: text for place, text in answers.items()}, rank())
-                if not bar.disable:
-                    bar.update(sum(part.count() for part in journals.values()) - bar.n)
+                if bar.shown:
+                    bar.to(sum(part.count() for part in journals.values()))
         finally:
             journal.close()
 
@@ -146,9 +145,7 @@ def _evaluate(
         return scored
 
     total, before = sum(len(task.questions) for task in tasks), sum(map(len, known.values()))
-    silent = rank() > 0 or not sys.stderr.isatty()
-    # From the answers of an earlier process on: they say nothing about how fast this one is.
-    with tqdm(total=total, initial=before, unit="q", desc="answers", disable=silent) as bar:
+    with ProgressBar("answers", total, before) as bar:
         try:
             for task in tasks:
                 answer_rest(task)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -33,11 +34,12 @@ from llava_sculpt.evaluation.prepared import Task, load_tasks, own_tasks
 from llava_sculpt.evaluation.processes import gpu_count, launch, process_group
 from llava_sculpt.evaluation.results_file import RESULTS_FILE, Results, read_results_file
 from llava_sculpt.evaluation.run import evaluate
-from llava_sculpt.evaluation.table import format_details, format_table
+from llava_sculpt.evaluation.table import format_details, format_table, table_cells
 from llava_sculpt.experiments.tiny_data import prepare_tiny_world
 from llava_sculpt.model.checkpoint import find_base_checkpoint
 from llava_sculpt.model.whole import read_run
 from llava_sculpt.names import DATA, METHODS, SOURCES, TARGETS, TASKS, config_file, task_label
+from llava_sculpt.progress import on_terminal, panel, print_table
 from llava_sculpt.tasks.common import MANIFEST, describe, read_manifest
 from llava_sculpt.train.forgetting import forgetting_curve
 from llava_sculpt.train.train import main as train_main
@@ -119,7 +121,10 @@ def finetune(
     run = read_run(folder)["config"]
     label = f"{METHODS[run['method']].label} r={run['lora_r']} seed {run['seed']}"
     results = evaluate_model(str(folder), folder, tasks, chosen, label)
-    _show(task, chosen, folder, zero_shot, results)
+    with panel(f"{label} on {task}, scale {chosen}"):
+        _show(task, chosen, folder, zero_shot, results)
+        if on_terminal():
+            print(f'next: llava-sculpt ask {shlex.quote(str(folder))} --image PICTURE "What is this?"')
     return 0
 
 
@@ -152,12 +157,13 @@ def _say_tasks(tasks: Sequence[Task]) -> None:
 
 def _banner(task: str, scale: str, method: str, rank: int, seed: int, folder: Path, missing: list[str]) -> str:
     title = f"{METHODS[method].label} on {task}, rank {rank}, seed {seed}, scale {scale} -> {folder}"
-    lines = ["=" * 100, title]
+    rule = "=" * (min(100, shutil.get_terminal_size().columns) if on_terminal() else 100)
+    lines = [rule, title]
     if scale == "tiny":
         lines.append("The embedded tiny LLaVA on generated images: a few minutes on two CPU cores.")
     if missing:
         lines += ["For the paper's own run this machine lacks:", *(f"  - {item}" for item in missing)]
-    return "\n".join([*lines, "=" * 100])
+    return "\n".join([*lines, rule])
 
 
 def launch_training(task: str, scale: str, config: Path, folder: Path, flags: list[str]) -> int:
@@ -291,7 +297,8 @@ def _show(task: str, scale: str, folder: Path, zero_shot: Results, results: Resu
             rows.append((f"{earlier['model_id']} ({file.parent.name})" if same else earlier["model_id"], earlier))
     rows.append((f"{results['model_id']} (this run)", results))
     write_model_card(folder, results, f"{format_table([rows[0], rows[-1]])}\n\n{format_details(results)}")
-    print(f"\n{format_table(rows)}\n")
+    print_table(table_cells(rows), format_table(rows))
+    print()
     if kept := [name for name in SOURCES if name in results["tasks"]]:
         figure = folder / "source_target.png"
         points = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from llava_sculpt.model.expected import expected_shapes, key_problems
 from llava_sculpt.model.files import check_finite
 from llava_sculpt.model.layout import TOWER, is_buffer, memory_name
 from llava_sculpt.model.shards import Stored, check_shards, model_tensors, tower_tensors
+from llava_sculpt.progress import waiting
 
 
 def local_device() -> torch.device:
@@ -61,8 +61,7 @@ def load_base(
     check_bits(bits)
     if vision_tower is not None:
         _check_tower(Path(vision_tower), checkpoint)
-    if not sys.stderr.isatty():  # a log file gets lines
-        disable_progress_bar()
+    disable_progress_bar()  # transformers' own
     # ZeRO-3 places the weights itself.
     placed = {} if is_deepspeed_zero3_enabled() else {"device_map": {"": torch.device(device)}}
     options: dict[str, Any] = {**placed}
@@ -71,15 +70,16 @@ def load_base(
     # Weights were checked by their headers when the checkpoint was opened; whatever that did not see fails here.
     loader: Any = LlavaForConditionalGeneration.from_pretrained  # its type says nothing of the report
     try:
-        model, report = loader(
-            checkpoint.path,
-            config=LlavaConfig.from_dict(known_config(checkpoint.config)),
-            dtype=dtype,
-            local_files_only=True,
-            attn_implementation="sdpa",
-            output_loading_info=True,
-            **options,
-        )
+        with waiting(f"loading {checkpoint.path}"):
+            model, report = loader(
+                checkpoint.path,
+                config=LlavaConfig.from_dict(known_config(checkpoint.config)),
+                dtype=dtype,
+                local_files_only=True,
+                attn_implementation="sdpa",
+                output_loading_info=True,
+                **options,
+            )
     except (ImportError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:

@@ -11,9 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from llava_sculpt.errors import UserError
+from llava_sculpt.progress import ProgressBar
 
 _CHUNK = 1 << 20  # characters
 _LARGEST_RECORD = 64 << 20  # a record that does not end within as many characters is taken for broken
@@ -31,7 +30,7 @@ def stream_records(path: Path, key: str | None = None) -> Iterator[tuple[str, An
     records.
     """
     size = path.stat().st_size if path.is_file() else 0
-    bar = tqdm(total=size, desc=path.name, unit="B", unit_scale=True, disable=None if size >= _PROGRESS_FROM else True)
+    bar = ProgressBar(path.name, size / 1e6, unit=" MB", shown=size >= _PROGRESS_FROM)
     try:
         with path.open(encoding="utf-8-sig") as stream, bar:
             found = 0
@@ -47,8 +46,9 @@ def stream_records(path: Path, key: str | None = None) -> Iterator[tuple[str, An
 class _Reader:
     """A window over the text of a file, and a position in it."""
 
-    def __init__(self, stream: Any, path: Path, bar: Any) -> None:
+    def __init__(self, stream: Any, path: Path, bar: ProgressBar) -> None:
         self._stream, self._path, self._bar = stream, path, bar
+        self._read = 0  # bytes
         self._text, self._at = "", 0
         self._line, self._column = 1, 1  # of the beginning of the window
         self._decoder = json.JSONDecoder()
@@ -133,7 +133,8 @@ class _Reader:
         chunk = self._stream.read(max(_CHUNK, len(self._text) - self._at))
         if not chunk:
             return False
-        self._bar.update(len(chunk) if chunk.isascii() else len(chunk.encode("utf-8")))
+        self._read += len(chunk) if chunk.isascii() else len(chunk.encode("utf-8"))
+        self._bar.to(self._read / 1e6)
         self._line, self._column = self._place(self._at)
         self._text, self._at = self._text[self._at :] + chunk, 0
         return True

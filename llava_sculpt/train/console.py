@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
-from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from llava_sculpt.config import Config
 from llava_sculpt.names import METHODS, PENALTIES
+from llava_sculpt.progress import ProgressBar
 
 _LINES = ("loss", "eval_loss", "forgetting_kl")  # what is logged apart, a line each
 
@@ -22,11 +23,47 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
-class Bar(ProgressCallback):
-    """Hugging Face's progress bar, which leaves the logs to `LogLines`."""
+class TrainingBar(TrainerCallback):
+    """A context around training: on a terminal a bar with what was logged last, below it one for held-out samples."""
 
-    def on_log(self, *args: Any, **kwargs: Any) -> None:
-        pass
+    def __init__(self, trainer: Trainer, shown: bool) -> None:
+        self._shown = shown
+        self._bars: list[ProgressBar] = []
+        trainer.add_callback(self)
+
+    def __enter__(self) -> TrainingBar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        while self._bars:
+            self._bars.pop().__exit__()
+
+    def _add(self, title: str, total: int, done: int, keep: bool) -> None:
+        self._bars.append(ProgressBar(title, total, done, keep=keep, shown=self._shown).__enter__())
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._add("training", state.max_steps, state.global_step, True)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._bars[0].to(state.global_step)
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        if logs is not None and "loss" in logs:
+            shown = ("loss", "lr_lora", "train_tokens_per_second")
+            self._bars[0].facts = list(_facts({key: value for key, value in logs.items() if key in shown}).values())
+
+    def on_prediction_step(
+        self, args: Any, state: TrainerState, control: TrainerControl, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        if len(self._bars) == 1:
+            self._add("held-out samples", len(eval_dataloader), 0, False)
+        self._bars[1].step()
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        while len(self._bars) > 1:
+            self._bars.pop().__exit__()
 
 
 class LogLines(TrainerCallback):
@@ -45,7 +82,12 @@ def log_line(step: int, steps: int, logs: dict[str, Any]) -> str:
     `120/375  loss 1.234  task 1.233  CMR 1.2e-3  lr 2.0e-4/2.0e-5  kept 10%  grad 0.51  5012 tok/s`: after a slash
     the connector's. CMR without a slash is the LLM's; `kept` is the density of the pruned matrices.
     """
-    parts = [f"{step:>{len(str(steps))}}/{steps}"]
+    return "  ".join([f"{step:>{len(str(steps))}}/{steps}", *_facts(logs).values()])
+
+
+def _facts(logs: dict[str, Any]) -> dict[str, str]:
+    """What was logged, as in `log_line`, by label."""
+    facts = {}
     for label, keys, style in (
         ("loss", ("loss",), ".3f"),
         ("held-out loss", ("eval_loss",), ".4f"),
@@ -62,8 +104,8 @@ def log_line(step: int, steps: int, logs: dict[str, Any]) -> str:
         # 1.2e-3, not 1.2e-03
         values = [f"{logs[key]:{style}}".replace("e-0", "e-").replace("e+0", "e+") for key in keys if key in logs]
         if values:
-            parts.append(f"{label} {'/'.join(values)}")
-    return "  ".join(parts)
+            facts[label] = f"{label} {'/'.join(values)}"
+    return facts
 
 
 def closing_block(config: Config, record: dict[str, Any], losses: list[float]) -> str:
@@ -80,7 +122,6 @@ def closing_block(config: Config, record: dict[str, Any], losses: list[float]) -
     after = f"inspect {own}" if config.prunes else f"merge {own} --out {merged}"
     return "\n".join(
         [
-            "",
             f"trained  {method}, rank {config.model.lora_r}, on {config.data.data_path} "
             f"({record['data']['samples']:,} samples): {steps:,} steps{trend}",
             f"in       {folder}",

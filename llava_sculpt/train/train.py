@@ -29,7 +29,6 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, set_seed
-from transformers.utils.logging import disable_progress_bar
 
 from llava_sculpt.artifacts.model_card import CARD, write_model_card
 from llava_sculpt.artifacts.open import open_checkpoint
@@ -47,10 +46,11 @@ from llava_sculpt.model.load import check_bits, load_base
 from llava_sculpt.model.lora import CONNECTOR_TARGETS, LLM_TARGETS, REGULARIZED_LLM, inject_lora
 from llava_sculpt.model.whole import seal_run
 from llava_sculpt.names import LORASCULPT, METHODS
+from llava_sculpt.progress import panel
 from llava_sculpt.records import file_sha256, versions
 from llava_sculpt.sculpt import SculptSchedule
 from llava_sculpt.train.callback import check_masks
-from llava_sculpt.train.console import closing_block, say
+from llava_sculpt.train.console import TrainingBar, closing_block, say
 from llava_sculpt.train.forgetting import ForgettingProbe, probe_pictures
 from llava_sculpt.train.run_folder import Checkpoint, OpenRun, open_run, saving
 from llava_sculpt.train.trainer import LLaVASculptTrainer, LLaVATrainer
@@ -103,12 +103,14 @@ def train(config: Config, arguments: Sequence[str]) -> int:
             return 0
         if run.checkpoint is not None:
             _check_resume(config, run.checkpoint, steps)
-        _quiet_libraries(config)
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # no warning of DeepSpeed's that there is no GPU
         trainer = build_trainer(config, checkpoint, dataset, held_out)
         trainer.resuming = run.checkpoint
         trainer.add_callback(_SayEngine(trainer, run))
         started = time.time()
-        with _StopOnSignal() if config.training.world_size == 1 else nullcontext() as interruption:
+        interruptible = _StopOnSignal() if config.training.world_size == 1 else nullcontext()
+        with interruptible as interruption, TrainingBar(trainer, shown=not config.training.disable_tqdm):
             if interruption is not None:
                 trainer.add_callback(interruption)
             trainer.train(None if run.checkpoint is None else str(run.checkpoint.path))
@@ -132,7 +134,9 @@ def train(config: Config, arguments: Sequence[str]) -> int:
                 seal_run(output_dir, record)
             trainer.create_model_card()
         if trainer.is_world_process_zero():
-            print(closing_block(config, record, [log["loss"] for log in trainer.state.log_history if "loss" in log]))
+            losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+            with panel("trained"):
+                print(closing_block(config, record, losses))
     if config.training.push_to_hub:
         try:
             trainer.push_to_hub()
@@ -159,14 +163,6 @@ def _open_dataset(
         checkpoint.image_tokens,
     )
     return dataset, images
-
-
-def _quiet_libraries(config: Config) -> None:
-    """No bars where nobody wants them, and no DeepSpeed's warning that a machine without a GPU has none."""
-    if config.training.disable_tqdm:
-        disable_progress_bar()
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def _check_against_data(config: Config, checkpoint: BaseCheckpoint, dataset: LlavaDataset, steps: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,7 @@ from llava_sculpt.errors import UserError
 from llava_sculpt.model.adapter import load_connector, save_adapter
 from llava_sculpt.model.lora import CONNECTOR, lora_pairs
 from llava_sculpt.names import PENALTIES
-from llava_sculpt.train.console import Bar, LogLines
+from llava_sculpt.train.console import LogLines
 from llava_sculpt.train.mixin import LossTerm, SculptMixin
 from llava_sculpt.train.regularizer import SumRegularizer
 from llava_sculpt.train.run_folder import SAVING, Checkpoint, publish_checkpoint, saving
@@ -64,8 +63,6 @@ class LLaVATrainer(LossTerm, Trainer):
         self.add_callback(_BackwardEndsAtTheConnector(self))
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
-        if sys.stderr.isatty() and not config.training.disable_tqdm:
-            self.add_callback(Bar())
         self.add_callback(LogLines())
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
