@@ -14,7 +14,7 @@ QUICK := tests/test_rooms.py tests/data tests/methods tests/sculpt tests/tasks
 QUICK += --ignore=tests/methods/test_edits.py --ignore=tests/sculpt/test_fused.py
 QUICK += --ignore=tests/sculpt/test_partitioned.py --ignore=tests/tasks/test_documented_tree.py
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo check test test-slow test-all test-gpu gpu-report attack parity lint bench tiny-model clean
+.PHONY: help setup setup-dev demo check test test-slow test-all test-gpu gpu-report attack parity lint docs bench tiny-model clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -81,6 +81,10 @@ lint: setup-dev  ## ruff, mypy, YAML and shell scripts
 	$(BIN)/mypy
 	$(BIN)/python scripts/check_files.py
 
+docs: setup  ## docs/ and the report as a site, in site/ (a broken link is an error)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 bench: setup  ## speed and memory as ratios against named baselines
 	$(BIN)/python benchmarks/cmr.py
 	$(BIN)/python benchmarks/step.py
@@ -90,5 +94,5 @@ tiny-model: setup  ## rebuild data/tiny_llava (about half an hour on two cores)
 	$(BIN)/python -m llava_sculpt.tiny.pretraining.pretrain --out data/tiny_llava
 
 clean:  ## remove generated data, runs and caches (not .venv and .venv-llava)
-	rm -rf runs data/tiny build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf runs data/tiny build site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

@@ -13,6 +13,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +55,7 @@ WHERE = {
     "the original package": ("tests/llava_patch/test_training.py", '"deepspeed"'),
     "a terminal": ("tests/evaluation/test_ask.py", "def test_a_conversation_on_a_terminal"),
     "set-up": (".ci/run", "make test-all"),
+    "the notebook": ("docs/quickstart.ipynb", "--method lora"),
 }
 NOT_HERE = "not run: it downloads a program or weights, or is another program"
 SHORT = "--max_steps 2 --sculpt_warmup_steps 1 --disable_tqdm true"
@@ -65,6 +67,7 @@ PAPER = "neither a folder nor a model|hf download"
 RULES = [
     Rule(r"make (check|setup|test|test-all)\b", instead="set-up"),
     Rule(r"bash scripts/finetune_iconqa.sh$", instead="continuous integration"),
+    Rule(r"bash scripts/finetune_iconqa.sh --method lora$", instead="the notebook"),
     Rule(r"bash scripts/finetune_\w+.sh .*--scale paper", code=2, says="cannot run here(.|\n)*CUDA GPU"),
     Rule(r"bash scripts/finetune_\w+.sh", add=f"--scale tiny {SHORT}", says="Source", slow=True),
     Rule(r"bash scripts/(table|fig)\w+.sh --scale tiny", add="--dry_run", says=r"\d+ trainings"),
@@ -91,6 +94,7 @@ RULES = [
     Rule(r"llava-sculpt chat", instead="a terminal"),
     # It serves until it is stopped: only as far as the port.
     Rule(r"llava-sculpt demo", add="--port 70000", code=2, says="--port 70000: should be"),
+    Rule(r"llava-sculpt compare runs/tiny", instead="the notebook"),
     Rule(r"llava-sculpt compare BASE RUN", code=2, says="BASE: folder not found"),
     Rule(r"llava-sculpt compare", says="forgotten (.|\n)*page: "),
     Rule(r"llava-sculpt score", says="100"),
@@ -121,7 +125,7 @@ PLACEHOLDERS = [
     (r"(convert checkpoint) liuhaotian\S+", r"\1 models/llava-tiny"),
     (r"(--to hf --base) llava-hf\S+", r"\1 data/tiny_llava"),
     (r"--base M\b", "--base data/tiny_llava"),
-    (r"\b(DIR|MODEL)\b", "runs/mine"),
+    (r"\b(DIR|MODEL|(?<=ask )runs/tiny/iconqa/\w+)\b", "runs/mine"),
     (r"(--num_gpus|--nproc_per_node|--num_processes) 4", r"\1 2"),
     (r"(eval .*)--gpus 4", r"\1--gpus 1"),
     (r"^((?:deepspeed|torchrun|accelerate) .*?)(?: --output_dir \S+)?$", r"\1 --output_dir out/{number}"),
@@ -246,6 +250,22 @@ def test_slow_commands(
 ) -> None:
     monkeypatch.chdir(tree)
     check(document, True, tree, capfd)
+
+
+@pytest.mark.slow
+def test_notebook(tree: Path) -> None:
+    """Its cells in one script, with shorter training: plain Python, so that Jupyter is not needed."""
+    cells = json.loads((ROOT / "docs" / "quickstart.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    assert code.count("--num_train_epochs 1") == 2
+    (tree / "notebook.py").write_text(code.replace("--num_train_epochs 1", "--max_steps 2 --disable_tqdm true"))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
+    done = subprocess.run(
+        [sys.executable, "notebook.py"], cwd=tree, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
+    for said in (r"LoRASculpt.*\(this run\)", r"page: .*compare.html", r"questions were forgotten", r"sculpt: \w+"):
+        assert re.search(said, done.stdout), said
 
 
 def test_every_rule_is_needed() -> None:
