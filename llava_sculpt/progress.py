@@ -57,15 +57,22 @@ class ProgressBar:
 
     def __enter__(self) -> ProgressBar:
         if self.shown:
+            from rich.constrain import Constrain
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
             from rich.table import Column
 
-            self._display = Progress(
+            class Short(Progress):
+                """Leaves room for the ^C that a terminal shows: on a line of its own it would tear the bar."""
+
+                def get_renderable(self) -> Constrain:
+                    return Constrain(super().get_renderable(), _console().width - 3)
+
+            self._display = Short(
                 TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=None, table_column=Column(ratio=1)),
                 TextColumn("{task.fields[behind]}", markup=False),
                 TimeRemainingColumn(elapsed_when_finished=True),
-                TextColumn("{task.fields[clock]}  "),  # a ctrl-C that the terminal shows stays on the line
+                TextColumn("{task.fields[clock]}"),
                 console=_console(),
                 auto_refresh=False,
                 transient=not self._keep,
