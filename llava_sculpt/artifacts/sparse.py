@@ -166,7 +166,7 @@ def read_with_metadata(file: Path, version: str) -> tuple[dict[str, str], dict[s
         raise UserError(f"{file}: truncated or damaged ({error})") from error
     if metadata.get("format_version") != version:
         raise UserError(f"{file}: not a file of the format {version}")
-    recorded = metadata.pop("sha256", None)  # since 0.3
+    recorded = metadata.pop("sha256", None)  # since 0.2
     metadata.pop("format", None)
     if recorded not in (None, content_sha256(metadata, in_memory(tensors))):
         raise UserError(f"{file}: damaged: its content is not what was written")

@@ -58,7 +58,7 @@ class Precision(TypedDict):
 class Results(TypedDict):
     """Content of results.json, see `evaluation.run.evaluate`.
 
-    Files written before 0.3 have no `inputs` and no `precision`; they are of exact decoding, in float32 or bfloat16.
+    Files written before 0.2 have no `inputs` and no `precision`; they are of exact decoding, in float32 or bfloat16.
     """
 
     model_id: str

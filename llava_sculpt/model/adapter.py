@@ -284,8 +284,8 @@ def load_adapter(model: nn.Module, saved: SavedAdapter, checkpoint: BaseCheckpoi
 def check_base(folder: Path, checkpoint: BaseCheckpoint) -> None:
     """Refuse another base than the one an adapter was trained on, where run.json records it.
 
-    The same files are the same base, and so are the same weights in other files or another layout (which runs before
-    0.2 did not record), with the same configuration, preprocessing and tokenizer (which runs before 0.3 did not).
+    The same files are the same base, and so are the same weights in other files or another layout with the
+    same configuration, preprocessing and tokenizer, as far as run.json records them (0.1 did not).
 
     Raises:
         UserError: another base.

@@ -158,7 +158,7 @@ def check_files(folder: Path, recorded: Mapping[str, str | int]) -> list[str]:
     """What is wrong with the files of a folder, one message each; [] if they are as they were written.
 
     Args:
-        recorded: sha256 (hexadecimal) by relative file name, or the size in bytes, which versions before 0.3 recorded.
+        recorded: sha256 (hexadecimal) by relative file name, or the size in bytes, which versions before 0.2 recorded.
     """
     problems = []
     for name, expected in recorded.items():
