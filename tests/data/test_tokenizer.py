@@ -26,7 +26,8 @@ def test_a_special_token_cuts_the_text_in_two(left: str, right: str) -> None:
     ids = TOKENIZER.encode(f"{left}</s>{right}")
     cut = ids.index(TOKENIZER.eos_id)
     assert ids[:cut] == TOKENIZER.encode(left)
-    assert TOKENIZER.decode(ids) == left + right
+    # A text that begins behind a left-out token loses its first space, as in Llama's own tokenizer.
+    assert TOKENIZER.decode(ids) == (left + right if left else right.removeprefix(" "))
     assert TOKENIZER.decode(ids, skip_special=False) == f"{left}</s>{right}"
 
 
